@@ -1,0 +1,257 @@
+"""Sample a trained run: images in ADM's .npz, a picture of them, and masks, depth and features of the generated latents.
+
+    python sample.py --run runs/scenes/aligned --num 2000 --out samples.npz --cfg-scale 1.5 --tasks segmentation depth features
+    torchrun --nproc_per_node=8 sample.py --run runs/NAME --num 50000 --out samples.npz
+
+Image i has label i mod num_classes and noise that depends on (seed, i) alone: it is the same in any batch, on any number
+of processes. samples.npz holds arr_0 (N, H, W, 3) uint8 and arr_1 (N,) labels; samples.png shows the first of each class.
+"""
+import argparse
+import json
+import math
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
+from tqdm import tqdm
+
+import align
+import dit
+import sit
+from vae import AutoencoderKL, atomic_file, load_weights
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pictures
+
+def to_uint8(x):
+    """Images (N, 3, H, W) in [-1, 1] -> uint8, by rounding."""
+    return ((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def sheet(columns, scale=2, gap=2):
+    """One picture from columns of equal height: {title: images (rows, per_row, 3, H, W) uint8 or in [0, 1]} -> PIL image."""
+    font, parts = ImageFont.load_default(13), []
+    for title, images in columns.items():
+        if images.dtype != torch.uint8:
+            images = (images * 255).round().to(torch.uint8)
+        rows, per_row, _, H, W = images.shape
+        images = F.pad(images, (0, gap, 0, gap), value=255)
+        page = images.permute(0, 3, 1, 4, 2).reshape(rows * (H + gap), per_row * (W + gap), 3).cpu().numpy()
+        picture = Image.fromarray(page).resize((page.shape[1] * scale, page.shape[0] * scale), Image.NEAREST)
+        width = max(picture.width, math.ceil(font.getlength(title)) + 8)
+        part = Image.new("RGB", (width, picture.height + 20), "white")
+        part.paste(picture, (0, 20))
+        ImageDraw.Draw(part).text((2, 2), title, fill="black", font=font)
+        parts.append(part)
+    canvas = Image.new("RGB", (sum(p.width for p in parts) + 12 * (len(parts) - 1), max(p.height for p in parts)), "white")
+    left = 0
+    for part in parts:
+        canvas.paste(part, (left, 0))
+        left += part.width + 12
+    return canvas
+
+
+def by_class(images, labels, num_classes, per_row):
+    """The first per_row images of every class: (classes, per_row, ...). Classes with fewer images are left out."""
+    rows = [torch.nonzero(labels == k).flatten()[:per_row] for k in range(num_classes)]
+    return images[torch.stack([r for r in rows if len(r) == per_row])]
+
+
+def save_picture(picture, path):
+    """Write a PIL picture as PNG."""
+    with atomic_file(path) as file:
+        picture.save(file, format="PNG")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Models of a run
+
+FAMILIES = {"sit": (sit, sit.SiT), "dit": (dit, dit.DiT)}
+
+
+def stop(message):
+    """A mistake of the user: one line, exit status 2."""
+    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def load_autoencoder(folder):
+    """An autoencoder from a folder of diffusers' layout; stops with one line where there is none."""
+    try:
+        return AutoencoderKL.from_pretrained(folder)
+    except (FileNotFoundError, ValueError) as error:
+        stop(error)
+
+
+def autoencoder_folder(run):
+    """The folder of a run's autoencoder: `align` where there is one, else `vae`."""
+    return next((run / name for name in ("align", "vae") if (run / name / "config.json").is_file()), run / "vae")
+
+
+def load_diffusion(run, family):
+    """(module, network) of a run's stage sit or dit, with EMA weights."""
+    folder = run / family
+    if not (folder / "ema.safetensors").is_file():
+        stop(f"{folder}/ema.safetensors not found: run train.py --stage {family} --out {run} first")
+    module, network = FAMILIES[family]
+    model = network(**json.loads((folder / "config.json").read_text()))
+    model.load_state_dict(load_weights(folder / "ema.safetensors"))
+    return module, model.eval()
+
+
+def load_heads(folder):
+    """AlignmentHeads that stage align wrote into its folder."""
+    if not (folder / "heads.safetensors").is_file():
+        stop(f"{folder}/heads.safetensors not found: masks, depth and features need a run of train.py --stage align")
+    heads = align.AlignmentHeads(**json.loads((folder / "heads.json").read_text()))
+    heads.load_state_dict(load_weights(folder / "heads.safetensors"))
+    return heads.eval()
+
+
+def load_task_heads(teacher):
+    """(SegmentationHead, DepthHead) that stage teacher wrote into its folder, or None where it had no such labels."""
+    if not (teacher / "segmentation_head.safetensors").is_file():
+        return None
+    config = json.loads((teacher / "heads.json").read_text())
+    segmentation, depth = align.SegmentationHead(**config["segmentation"]), align.DepthHead(**config["depth"])
+    segmentation.load_state_dict(load_weights(teacher / "segmentation_head.safetensors"))
+    depth.load_state_dict(load_weights(teacher / "depth_head.safetensors"))
+    return segmentation.eval(), depth.eval()
+
+
+@torch.no_grad()
+def read_tasks(features, cls_token, task_heads, size):
+    """Masks (N, size, size) and depth (N, size, size) from features (N, D, gh, gw) and class tokens (N, D)."""
+    segmentation, depth = task_heads
+    logits = F.interpolate(segmentation(features), size=(size, size), mode="bilinear", align_corners=False)
+    metres = F.interpolate(depth(features, cls_token), size=(size, size), mode="bilinear", align_corners=False)
+    return logits.argmax(1), metres[:, 0]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sampling
+
+def noise_of(seed, index, step, shape):
+    """Standard normal noise of image `index` at a sampler's step, float32: a function of its arguments alone."""
+    key = int(np.random.SeedSequence([seed, index, step]).generate_state(1, np.uint64)[0] >> 1)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(key))
+
+
+@torch.no_grad()
+def generate(module, model, vae, indices, labels, seed, device, **options):
+    """Latents (N, C, h, w) of the autoencoder and images (N, 3, H, W) in [-1, 1] for image numbers and their labels."""
+    grid = model.x_embedder.grid_size * model.patch_size
+    shape = (model.in_channels, grid, grid)
+
+    def noise(step):
+        return torch.stack([noise_of(seed, i, step, shape) for i in indices]).to(device)
+
+    if options["sampler"] == "ddpm":
+        options["noise"] = lambda step: noise(1 + step)
+    z = vae.denormalize(module.sample(model, noise(0), labels.to(device), **options))
+    return z, vae.decode(z).sample
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--run", type=Path, required=True, help="folder of a run: its autoencoder and its stage sit or dit")
+    parser.add_argument("--family", choices=sorted(FAMILIES), default="sit", help="which diffusion model of the run")
+    parser.add_argument("--out", type=Path, required=True, help="the .npz to write; pictures go beside it")
+    parser.add_argument("--num", type=int, default=100, help="number of images")
+    parser.add_argument("--batch-size", type=int, default=100, help="images at once on a process")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--sampler", default=None, help="euler, heun (SiT, default heun); ddpm, ddim (DiT, default ddpm)")
+    parser.add_argument("--num-steps", type=int, default=50, help="steps of the sampler")
+    parser.add_argument("--cfg-scale", type=float, default=1.0, help="guidance; 1 is none")
+    parser.add_argument("--cfg-interval", type=float, nargs=2, default=(0.0, 1.0), metavar=("LOW", "HIGH"),
+                        help="noise levels that are guided: 1 is noise, 0 is data")
+    parser.add_argument("--tasks", nargs="*", default=[], choices=("segmentation", "depth", "features"),
+                        help="read these off the generated latents into a picture")
+    cfg = parser.parse_args()
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if cfg.num < 1:
+        stop(f"--num {cfg.num}: want at least one image")
+    if cfg.out.suffix != ".npz":
+        stop(f"--out {cfg.out}: want a name that ends in .npz")
+    if cfg.out.exists():
+        stop(f"--out {cfg.out} exists: choose another name or delete it")
+    if world_size > 1:
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
+
+    module, model = load_diffusion(cfg.run, cfg.family)
+    folder = autoencoder_folder(cfg.run)
+    vae = load_autoencoder(folder)
+    if vae.config["latent_channels"] != model.in_channels:
+        stop(f"{folder} has {vae.config['latent_channels']} latent channels, the model of {cfg.run / cfg.family} {model.in_channels}")
+    if cfg.tasks:
+        heads = load_heads(folder).to(device)
+        task_heads = load_task_heads(Path(json.loads((folder / "settings.json").read_text())["teacher"]))
+        if task_heads is None and set(cfg.tasks) != {"features"}:
+            stop("masks and depth need a teacher that was trained with them: --tasks features works without")
+    model, vae = model.to(device), vae.to(device)
+    options = dict(sampler=cfg.sampler or {"sit": "heun", "dit": "ddpm"}[cfg.family], num_steps=cfg.num_steps,
+                   cfg_scale=cfg.cfg_scale, cfg_interval=tuple(cfg.cfg_interval))
+
+    cfg.out.parent.mkdir(parents=True, exist_ok=True)
+    mine, images, latents = range(rank, cfg.num, world_size), [], []
+    bar = tqdm(total=len(mine), desc=f"sample {cfg.run}", unit="image", disable=rank > 0,
+               position=int(os.environ.get("REALS_BAR", 0)), mininterval=0.5 if sys.stderr.isatty() else 30)
+    for start in range(0, len(mine), cfg.batch_size):
+        indices = mine[start:start + cfg.batch_size]
+        try:
+            z, x = generate(module, model, vae, indices, torch.tensor(indices) % model.num_classes, cfg.seed, device, **options)
+        except ValueError as error:
+            stop(error)
+        images.append(to_uint8(x).cpu())
+        latents.append(z.cpu())
+        bar.update(len(indices))
+    bar.close()
+    images, latents, order = torch.cat(images), torch.cat(latents), torch.tensor(mine)
+    if world_size > 1:
+        gathered = [None] * world_size
+        dist.gather_object((images, latents, order), gathered if rank == 0 else None)
+        dist.destroy_process_group()
+        if rank > 0:
+            return
+        images, latents, order = (torch.cat(parts) for parts in zip(*gathered))
+        images, latents, order = images[order.argsort()], latents[order.argsort()], order.sort().values
+    labels = order % model.num_classes
+    with atomic_file(cfg.out) as file:
+        np.savez(file, arr_0=images.permute(0, 2, 3, 1).numpy(), arr_1=labels.numpy())
+    shown = min(model.num_classes, 10)
+    per_row = min(12, math.ceil(cfg.num / model.num_classes)) if cfg.num >= model.num_classes else 1
+    save_picture(sheet({f"samples, guidance {cfg.cfg_scale}": by_class(images, labels, shown, per_row)}), cfg.out.with_suffix(".png"))
+    print(f"{cfg.num} images in {cfg.out}, a picture of them in {cfg.out.with_suffix('.png')}")
+    if cfg.tasks:
+        path = cfg.out.with_name(cfg.out.stem + "-tasks.png")
+        save_picture(task_sheet(cfg.tasks, images, latents, labels, shown, heads.cpu(), task_heads), path)
+        print(f"{', '.join(cfg.tasks)} read off the generated latents in {path}")
+
+
+def task_sheet(tasks, images, latents, labels, num_classes, heads, task_heads, per_row=6):
+    """Picture of images (N, 3, H, W) uint8 beside what the heads read off their latents (N, C, h, w), a row a class."""
+    rows = by_class(torch.arange(len(images)), labels, num_classes, min(per_row, len(images) // num_classes))
+    columns, flat, size = {"generated": images[rows]}, latents[rows.flatten()], images.shape[-1]
+    with torch.no_grad():
+        features, cls_token = heads.feature_map(flat), heads.class_token(flat)
+    if {"segmentation", "depth"} & set(tasks):
+        masks, depth = read_tasks(features, cls_token, task_heads, size)
+    if "segmentation" in tasks:
+        masks = align.colorize_mask(masks, task_heads[0].conv_seg.out_channels)
+        columns["mask"] = masks.unflatten(0, rows.shape)
+    if "depth" in tasks:
+        columns["depth"] = align.colorize_depth(depth).unflatten(0, rows.shape)
+    if "features" in tasks:
+        rgb = F.interpolate(align.pca_rgb(features), size=(size, size), mode="nearest")
+        columns["features (PCA)"] = rgb.unflatten(0, rows.shape)
+    return sheet(columns)
+
+
+if __name__ == "__main__":
+    main()

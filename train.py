@@ -1,0 +1,1348 @@
+"""Train everything: autoencoder (plain or aligned), latents, SiT and DiT; or, without --stage, the whole system on built-in scenes.
+
+    python train.py                                                              all stages, then a report
+    python train.py --stage align --data DIR_OR_ZIP --teacher runs/scenes/teacher --out runs/NAME
+    torchrun --nproc_per_node=8 train.py --stage sit --data DIR_OR_ZIP --out runs/NAME --model SiT-B/2
+
+    stage       reads                        writes, in OUT/STAGE
+    teacher     data                         a small DINOv2, segmentation and depth heads on its features
+    evaluator   data                         an independent classifier, whose features the report compares
+    vae         data                         the plain autoencoder, in diffusers' layout
+    align       data, teacher                the aligned autoencoder, and its two MLPs
+    latents     data, vae or align           moments of the latents of all training images
+    sit, dit    latents                      a diffusion transformer: ema.safetensors, config.json
+    report      all of these                 report.md and its pictures, in OUT
+
+Every stage stores settings.json, checkpoint.pt, log.jsonl, curves.png and goes on where it was stopped. All randomness is
+a function of (seed, step) or (seed, epoch, index). --batch-size is that of all processes together.
+"""
+import argparse
+import dataclasses
+import hashlib
+import io
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
+from torch.nn.parallel import DistributedDataParallel as DDP
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+import align
+import dit
+import fid
+import sit
+import vae
+from sample import (FAMILIES, autoencoder_folder, by_class, generate, load_autoencoder, load_heads, load_task_heads,
+                    read_tasks, save_picture, sheet, stop, to_uint8)
+from vae import atomic_file, load_weights, save_safetensors
+
+STAGES = ("teacher", "evaluator", "vae", "align", "latents", "sit", "dit", "report")
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Settings
+
+
+@dataclasses.dataclass
+class Config:
+    """Every flag. A default of None means: from the row of PRESETS that fits --preset and --stage."""
+    stage: str = None                # one of STAGES; without it all stages run one after the other
+    preset: str = "small"            # small: 32 px, minutes on two CPU cores; paper: 256 px, SD's autoencoder, GPUs
+    data: str = "scenes"             # the built-in scenes, or a folder or .zip of class folders (train/CLASS, test/CLASS)
+    out: str = None                  # the run's folder (default runs/NAME_OF_DATA)
+    seed: int = 0
+    image_size: int = None           # pixels a side
+    steps: int = None                # optimiser steps
+    batch_size: int = None           # images a step, on all processes together
+    lr: float = None                 # learning rate (its peak)
+    warmup: int = None               # steps of linear warm-up
+    decay: float = None              # the learning rate ends at this share, along a cosine; 1 keeps it
+    ema: float = None                # decay of the averaged weights (sit, dit)
+    workers: int = 0                 # processes that load images, for every training process
+    log_every: int = None            # steps between lines of log.jsonl
+    save_every: int = None           # steps between checkpoints, a multiple of log_every
+    channels: tuple = None           # autoencoder: channels of its levels; one level fewer halvings of the image
+    layers_per_block: int = None     # autoencoder: resnets a level
+    norm_groups: int = None          # autoencoder: groups of its norms
+    latent_channels: int = None      # autoencoder: channels of its latents
+    kl_weight: float = None          # weight of the KL term (summed over a latent)
+    perceptual_weight: float = None  # weight of LPIPS
+    disc_weight: float = None        # weight of the GAN loss, times its adaptive weight
+    disc_start: int = None           # first step with the GAN loss
+    align_weight: float = None       # weight of the align loss
+    teacher: str = None              # align: folder of stage teacher (default OUT/teacher)
+    align_hidden: int = None         # align: width of the two MLPs
+    fold: int = None                 # align: fold x fold latent cells make one token
+    pool: int = None                 # align: MLPcls sees the latent averaged to pool x pool cells
+    vae: str = None                  # latents, sit, dit: folder of the autoencoder (default OUT/align, else OUT/vae)
+    model: str = None                # sit, dit: its name, for example SiT-B/2
+    num_samples: int = None          # chain and report: images to sample and compare
+    cfg_scale: float = None          # chain and report: guidance of the second set of samples
+
+
+SMALL = dict(image_size=32, log_every=25, save_every=250, warmup=50, decay=0.05, channels=(16, 32, 48), layers_per_block=1,
+             norm_groups=8, latent_channels=4, kl_weight=1e-6, perceptual_weight=0.0, disc_weight=0.0, disc_start=0,
+             align_weight=0.02, align_hidden=256, fold=1, pool=4, num_samples=2000, cfg_scale=1.5)
+PAPER = dict(image_size=256, log_every=100, save_every=5000, warmup=0, decay=1.0, channels=(128, 256, 512, 512),
+             layers_per_block=2, norm_groups=32, latent_channels=4, kl_weight=1e-6, perceptual_weight=0.5, disc_weight=0.5,
+             disc_start=20000, align_weight=0.1, align_hidden=2048, fold=2, pool=4, num_samples=50000, cfg_scale=1.5)
+PRESETS = {
+    "small": {
+        "teacher": dict(SMALL, steps=450, batch_size=64, lr=2e-3),
+        "evaluator": dict(SMALL, steps=450, batch_size=64, lr=2e-3),
+        "vae": dict(SMALL, steps=1000, batch_size=32, lr=2e-3),
+        "align": dict(SMALL, steps=1000, batch_size=32, lr=2e-3),
+        "latents": dict(SMALL, batch_size=256),
+        "sit": dict(SMALL, steps=1500, batch_size=64, lr=2e-3, ema=0.997, model="SiT-Ti/2"),
+        "dit": dict(SMALL, steps=1500, batch_size=64, lr=2e-3, ema=0.997, model="DiT-Ti/2"),
+        "report": dict(SMALL, batch_size=256),
+    },
+    # the paper states the configuration of SiT and DiT (theirs, unchanged); the autoencoder's row is a choice of ours
+    "paper": {
+        "vae": dict(PAPER, steps=200000, batch_size=64, lr=1e-4),
+        "align": dict(PAPER, steps=200000, batch_size=64, lr=1e-4),
+        "latents": dict(PAPER, batch_size=256),
+        "sit": dict(PAPER, steps=400000, batch_size=256, lr=1e-4, ema=0.9999, model="SiT-XL/2"),
+        "dit": dict(PAPER, steps=400000, batch_size=256, lr=1e-4, ema=0.9999, model="DiT-XL/2"),
+    },
+}
+
+
+def parse_arguments(argv=None):
+    """argv -> Config, with the flags that were given and the defaults of Config for the others."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for field in dataclasses.fields(Config):
+        flag = "--" + field.name.replace("_", "-")
+        if field.name == "stage":
+            parser.add_argument(flag, choices=STAGES)
+        elif field.name == "preset":
+            parser.add_argument(flag, choices=sorted(PRESETS), default=field.default)
+        elif field.name == "channels":
+            parser.add_argument(flag, type=int, nargs="+")
+        else:
+            parser.add_argument(flag, type=field.type, default=field.default)
+    cfg = Config(**vars(parser.parse_args(argv)))
+    cfg.out = cfg.out or f"runs/{Path(cfg.data).stem}"
+    return cfg
+
+
+def resolve(cfg, stage):
+    """A copy of cfg for one stage, every None that the preset knows filled in."""
+    if stage not in PRESETS[cfg.preset]:
+        stop(f"--preset {cfg.preset} has no stage {stage}: it has {', '.join(PRESETS[cfg.preset])}")
+    preset = PRESETS[cfg.preset][stage]
+    filled = {k: preset[k] for k, v in dataclasses.asdict(cfg).items() if v is None and k in preset}
+    cfg = dataclasses.replace(cfg, stage=stage, **filled)
+    for name in ("image_size", "steps", "batch_size", "log_every", "save_every"):
+        if getattr(cfg, name) is not None and getattr(cfg, name) < 1:
+            stop(f"--{name.replace('_', '-')} {getattr(cfg, name)}: want at least 1")
+    if cfg.save_every % cfg.log_every:
+        stop(f"--save-every {cfg.save_every} is not a multiple of --log-every {cfg.log_every}")
+    return cfg
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The built-in scenes: a lit solid on a ground under a sky, drawn by sphere tracing of signed distances (Hart, 1996)
+
+SCENE_CLASSES = ("sphere", "cube", "cylinder", "cone", "torus", "octahedron", "star", "cross", "two spheres", "arch")
+SEGMENTS = ("sky", "ground") + SCENE_CLASSES
+NEAR, FAR = 2.0, 12.0                                                            # range of depth; the sky is at FAR
+HALF_HEIGHT = (0.92, 0.68, 0.92, 0.92, 0.95, 1.05, 0.85, 0.95, 0.5, 0.8)         # of each solid: it stands on the ground
+TURN = (math.pi, math.pi, math.pi, math.pi, 0.7, math.pi, 0.5, 0.7, 0.6, 0.6)    # largest turn about the vertical
+REACH = 1.3                                                                      # radius of a ball that holds any solid
+
+
+def scene_numbers(seed, index, count):
+    """(N, count) numbers in [0, 1) that depend on (seed, index, column) alone: SplitMix64 of a counter, count <= 64."""
+    x = index.astype(np.uint64)[:, None] * np.uint64(64) + np.arange(count, dtype=np.uint64)
+    x = (x + np.uint64(seed + 1) * np.uint64(0xD1342543DE82EF95)) * np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    x ^= x >> np.uint64(31)
+    return torch.from_numpy((x >> np.uint64(40)).astype(np.float32) / np.float32(1 << 24))
+
+
+def box(x, y, z, a, b, c):
+    """Distance to a box of half sides a, b, c; too small beyond its edges, never too large."""
+    return torch.maximum(torch.maximum(x.abs() - a, y.abs() - b), z.abs() - c)
+
+
+def solid_distance(label, x, y, z):
+    """Signed distance, never too large, from points to the solid of a class; y is up, z towards the camera."""
+    name = SCENE_CLASSES[label]
+    if name == "sphere":
+        return (x * x + y * y + z * z).sqrt() - 0.92
+    if name == "cube":
+        return box(x, y, z, 0.68, 0.68, 0.68)
+    if name == "cylinder":
+        return torch.maximum((x * x + z * z).sqrt() - 0.58, y.abs() - 0.92)
+    if name == "cone":
+        return torch.maximum(0.894 * (x * x + z * z).sqrt() + 0.447 * (y - 1), -0.92 - y)
+    if name == "torus":
+        return (((x * x + y * y).sqrt() - 0.68).square() + z * z).sqrt() - 0.27
+    if name == "octahedron":
+        return (x.abs() + y.abs() + z.abs() - 1.05) * 0.577
+    if name == "star":                        # five points: the plane folded into a tenth, cut by a line from tip to notch
+        angle = (torch.remainder(torch.atan2(x, y) + math.pi / 5, 2 * math.pi / 5) - math.pi / 5).abs()
+        edge = (x * x + y * y).sqrt() * (0.582 * angle.cos() + 0.847 * angle.sin()) - 0.612
+        return torch.maximum(edge, z.abs() - 0.28)
+    if name == "cross":
+        bars = torch.minimum(box(x, y, z, 0.95, 0.32, 0.32), box(x, y, z, 0.32, 0.95, 0.32))
+        return torch.minimum(bars, box(x, y, z, 0.32, 0.32, 0.95))
+    if name == "two spheres":
+        return ((x.abs() - 0.55).square() + y * y + z * z).sqrt() - 0.5
+    opening = torch.minimum((x * x + (y + 0.1).square()).sqrt() - 0.5, torch.maximum(x.abs() - 0.5, y + 0.1))
+    return torch.maximum(box(x, y, z, 0.95, 0.8, 0.4), -opening)
+
+
+def hsv(hue, saturation, value):
+    """Colours (3, ...) from hue, saturation, value in [0, 1]."""
+    k = torch.remainder(torch.stack([5 + 6 * hue, 3 + 6 * hue, 1 + 6 * hue]), 6)
+    return value - value * saturation * torch.minimum(k, 4 - k).clamp(0, 1)
+
+
+def trace(label, origin, direction, t, end):
+    """Walk along R rays in the solid's own frame, from t to end: (which rays hit, where). Vectors are triples of (R,)."""
+    live, hit, where = torch.arange(len(t)), torch.zeros(len(t), dtype=torch.bool), t.clone()
+    for steps in (4, 4, 8, 32):                                                  # most rays need few: then drop them
+        for _ in range(steps):
+            distance = solid_distance(label, *(o + t * d for o, d in zip(origin, direction)))
+            t = t + distance
+        arrived, on_way = distance < 2e-3, (distance >= 2e-3) & (t < end)
+        hit[live[arrived]], where[live[arrived]] = True, t[arrived]
+        live, t, end = live[on_way], t[on_way], end[on_way]
+        origin, direction = [o[on_way] for o in origin], [d[on_way] for d in direction]
+    return hit, where
+
+
+def draw_solid(label, u, size):
+    """Scenes of one class from numbers u (N, 24): images (3, N, R), segments (N, R), depth (N, R); R = size^2 rays."""
+    columns = iter(u.T[:, :, None])                                              # each (N, 1)
+
+    def draw(low=0.0, high=1.0):
+        return low + (high - low) * next(columns)
+
+    # rays: the camera looks down by `pitch` at a point above the ground, five units away
+    pitch = draw(0.16, 0.34)
+    pixel = (torch.arange(size) + 0.5) / size * 2 - 1
+    a, b = 0.3 * pixel.repeat(size)[None], -0.3 * pixel.repeat_interleave(size)[None]
+    norm = (a * a + b * b + 1).rsqrt()
+    dx, dy, dz = a * norm, (b * pitch.cos() - pitch.sin()) * norm, -(pitch.cos() + b * pitch.sin()) * norm
+    dx = dx.expand_as(dy)
+    eye_y, eye_z = 0.8 + 5 * pitch.sin(), 5 * pitch.cos()
+
+    # sky: a gradient, blue or red, with soft clouds
+    hue = torch.where(draw() < 0.5, draw(0.53, 0.65), draw(0.0, 0.12))
+    saturation, height = draw(0.3, 0.65), (dy * 2.5 + 0.4).clamp(0, 1)
+    cloud = torch.sin(9 * dx + draw(0, 6.28)) * torch.sin(17 * dy + draw(0, 6.28))
+    sky = hsv(hue, saturation * (0.3 + 0.7 * height), 0.95 - 0.12 * height) + 0.1 * cloud.clamp(min=0)
+
+    # ground: tiles that fade into the horizon, and the shadow of the solid
+    light_turn = draw(-1.1, 1.1)
+    lx, ly, lz = 0.66 * light_turn.sin(), 0.75, 0.66 * light_turn.cos()          # towards the light
+    scale, px, pz = draw(0.8, 1.05), draw(-0.25, 0.25), draw(-0.3, 0.3)
+    to_ground = torch.where(dy < -1e-3, -eye_y / dy.clamp(max=-1e-3), 1e9)
+    gx, gz, far = to_ground * dx, eye_z + to_ground * dz, (to_ground / FAR).clamp(max=1)
+    tile = (torch.sin(2.2 * gx + draw(0, 6.28)) * torch.sin(2.2 * gz + draw(0, 6.28))).sign()
+    ground = hsv(draw(), draw(0.15, 0.5), draw(0.35, 0.65) * (1 + 0.12 * tile * (1 - far)))
+    shadow = ((gx - px + 0.5 * scale * lx).square() + (gz - pz + 0.5 * scale * lz).square()) / (0.8 * scale).square()
+    ground = ground * (1 - 0.55 * torch.exp(-shadow))
+    horizon = hsv(hue, saturation * 0.3, torch.full_like(hue, 0.95))
+    on_ground = to_ground < 2 * FAR
+    image = torch.where(on_ground, torch.lerp(ground, horizon, 0.7 * far.square()), sky)
+    depth, segments = torch.where(on_ground, to_ground, FAR).clamp(max=FAR), on_ground.long()
+
+    # solid: traced in its own frame, turned and scaled, on the rays that meet the ball around it
+    turn = draw(-TURN[label], TURN[label])
+    py = HALF_HEIGHT[label] * scale
+    ox, oy, oz = -px, eye_y - py, eye_z - pz                                     # from the solid to the eye
+    along = ox * dx + oy * dy + oz * dz
+    ball = along.square() - (ox.square() + oy.square() + oz.square()) + (REACH * scale).square()
+    row, ray = torch.nonzero(ball > 0, as_tuple=True)
+
+    def own_frame(x, y, z):
+        c, s = turn.cos()[row, 0], turn.sin()[row, 0]
+        return c * x - s * z, y, s * x + c * z
+
+    size_of = scale[row, 0]
+    origin = own_frame(ox[row, 0] / size_of, oy[row, 0] / size_of, oz[row, 0] / size_of)
+    direction = own_frame(dx[row, ray], dy[row, ray], dz[row, ray])
+    middle, half = -along[row, ray] / size_of, ball[row, ray].sqrt() / size_of
+    hit, t = trace(label, origin, direction, middle - half, middle + half)
+    light = [v[hit] for v in own_frame(lx[row, 0], torch.full_like(size_of, ly), lz[row, 0])]
+    row, ray, t = row[hit], ray[hit], t[hit]
+    x, y, z = (o[hit] + t * d[hit] for o, d in zip(origin, direction))
+
+    # shading: stripes on a colour, light from the sky and from the lamp, a highlight
+    e = 2e-3
+    normal = torch.stack([solid_distance(label, x + e, y, z) - solid_distance(label, x - e, y, z),
+                          solid_distance(label, x, y + e, z) - solid_distance(label, x, y - e, z),
+                          solid_distance(label, x, y, z + e) - solid_distance(label, x, y, z - e)])
+    normal = F.normalize(normal, dim=0)
+    lamp = (normal * torch.stack(light)).sum(0).clamp(min=0)
+    stripes = torch.sin(5 * (draw(-1, 1)[row, 0] * x + y + draw(-1, 1)[row, 0] * z) + draw(0, 6.28)[row, 0]).sign()
+    color = hsv(draw(), draw(0.55, 0.95), torch.ones_like(scale))[:, row, 0] * (1 + draw(0, 0.25)[row, 0] * stripes)
+    image[:, row, ray] = color * (0.42 + 0.13 * normal[1] + 0.75 * lamp) + 0.25 * lamp ** 12
+    depth[row, ray], segments[row, ray] = t * scale[row, 0], 2 + label
+    return image.clamp(0, 1), segments, depth
+
+
+def draw_scenes(seed, index, size=32):
+    """Scenes number `index` (N,) of a seed: images (N, 3, size, size) uint8, labels (N,), segments (N, size, size) uint8
+    and depth (N, size, size) float32. The label is index mod 10; all depends on (seed, index) alone."""
+    index = np.asarray(index)
+    u, labels = scene_numbers(seed, index, 24), torch.from_numpy(index % 10)
+    images = torch.empty(len(index), 3, size, size, dtype=torch.uint8)
+    segments = torch.empty(len(index), size, size, dtype=torch.uint8)
+    depth = torch.empty(len(index), size, size)
+    for label in labels.unique().tolist():
+        rows = torch.nonzero(labels == label).flatten()
+        image, segment, distance = draw_solid(label, u[rows], size)
+        images[rows] = (image * 255).round().to(torch.uint8).view(3, -1, size, size).transpose(0, 1)
+        segments[rows], depth[rows] = segment.to(torch.uint8).view(-1, size, size), distance.view(-1, size, size)
+    return images, labels, segments, depth
+
+
+class Scenes:
+    """A fixed set of scenes in memory. Training scenes count up from 0, test scenes from 10^9."""
+
+    classes, flip = SCENE_CLASSES, False                                         # more scenes rather than mirrored ones
+    COUNT = {"train": 20000, "test": 2000}
+
+    def __init__(self, split, size, seed=0, description="drawing scenes"):
+        first, count = {"train": 0, "test": 10 ** 9}[split], self.COUNT[split]
+        with progress(count, description, "scene") as bar:
+            parts = []
+            for start in range(first, first + count, 1000):
+                parts.append(draw_scenes(seed, np.arange(start, min(start + 1000, first + count)), size))
+                bar.update(len(parts[-1][0]))
+        self.images, self.labels, self.segments, self.depth = (torch.cat(part) for part in zip(*parts))
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitems__(self, keys):
+        """keys: list of (index, flip) -> images (N, 3, H, W) uint8, labels (N,), segments (N, H, W), depth (N, H, W)."""
+        index = torch.tensor([i for i, _ in keys])
+        return self.images[index], self.labels[index], self.segments[index], self.depth[index]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Images from disk
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")      # as in torchvision
+
+
+class DataError(Exception):
+    """Data that the user has to mend; its message is one line."""
+
+
+def center_crop(image, size):
+    """ADM's centre crop, used by DiT and SiT: halve by box filter while possible, then bicubic, then cut (size, size, 3)."""
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Image.BOX)
+    scale = size / min(image.size)
+    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.BICUBIC)
+    top, left = (image.height - size) // 2, (image.width - size) // 2
+    return np.array(image)[top:top + size, left:left + size]
+
+
+class ImageFolder:
+    """Images of a folder or .zip: train/CLASS/* and test/CLASS/*, or CLASS/* of which every 20th image is the test set.
+
+    Classes are numbered in sorted order, as torchvision does. Raises DataError for what cannot be used.
+    """
+
+    flip = True
+
+    def __init__(self, path, split, size):
+        self.path, self.size, self.zip, self.pid = Path(path), size, None, None
+        if not self.path.is_dir() and not zipfile.is_zipfile(self.path):
+            raise DataError(f"--data {path} is no folder and no .zip: give one with a folder of images for every class")
+        if self.path.is_dir():
+            found = [p.relative_to(self.path) for p in self.path.rglob("*")]
+            names = [p.as_posix() + ("/" if (self.path / p).is_dir() else "") for p in found]
+        else:
+            with zipfile.ZipFile(self.path) as archive:
+                names = archive.namelist()
+        names = [n for n in names if not any(part.startswith((".", "__MACOSX")) for part in n.split("/"))]
+        splits = any(n.startswith("train/") for n in names) and any(n.startswith("test/") for n in names)
+        prefix = f"{split}/" if splits else ""
+        inside = [n[len(prefix):] for n in names if n.startswith(prefix)]
+        self.classes = tuple(sorted({n.split("/")[0] for n in inside if "/" in n}))
+        if not self.classes:
+            raise DataError(f"--data {path} has no class folders: put the images of every class into a folder of its own")
+        groups = {name: [] for name in self.classes}
+        for n in sorted(inside):
+            if n.lower().endswith(IMAGE_SUFFIXES) and "/" in n:
+                groups[n.split("/")[0]].append(prefix + n)
+        for name, files in groups.items():
+            if not files:
+                raise DataError(f"--data {path}: class folder {prefix}{name} has no images: remove it or fill it")
+        self.files = [(n, label) for label, name in enumerate(self.classes) for n in groups[name]]
+        if not splits:
+            held_out = set(range(0, len(self.files), 20))
+            self.files = [f for i, f in enumerate(self.files) if (i in held_out) == (split == "test")]
+
+    def __len__(self):
+        return len(self.files)
+
+    def read(self, name):
+        if self.path.is_dir():
+            return (self.path / name).read_bytes()
+        if self.pid != os.getpid():                                              # a zip handle of another process is shared
+            self.zip, self.pid = zipfile.ZipFile(self.path), os.getpid()
+        return self.zip.read(name)
+
+    def __getitems__(self, keys):
+        """keys: list of (index, flip) -> images (N, 3, size, size) uint8, labels (N,)."""
+        images, labels = [], []
+        for index, flip in keys:
+            name, label = self.files[index]
+            try:
+                image = center_crop(Image.open(io.BytesIO(self.read(name))).convert("RGB"), self.size)
+            except (OSError, ValueError, SyntaxError, zipfile.BadZipFile) as error:
+                raise DataError(f"{self.path}: {name} cannot be read ({error}): mend or remove it") from None
+            images.append(image[:, ::-1] if flip else image)
+            labels.append(label)
+        return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous(), torch.tensor(labels)
+
+
+def open_data(cfg, split):
+    """The data set of cfg: built-in scenes, folder or .zip."""
+    if cfg.data == "scenes":
+        return Scenes(split, cfg.image_size, description=f"{cfg.stage}: drawing {split} scenes")
+    return ImageFolder(cfg.data, split, cfg.image_size)
+
+
+class StepSampler:
+    """This rank's (index, flip) pairs of every step: the global batch of step s is a slice of shuffled epochs end to end."""
+
+    def __init__(self, data, cfg, first, last):
+        self.count, self.flip, self.cfg, self.first, self.last = len(data), data.flip, cfg, first, last
+
+    def epoch(self, number):
+        draw = np.random.default_rng([self.cfg.seed, number])
+        order = draw.permutation(self.count)
+        return order, draw.random(self.count) < 0.5                              # flips are by index, not by position
+
+    def __iter__(self):
+        rank, share = process()[0], self.cfg.batch_size // process()[2]
+        number, (order, flips) = -1, (None, None)
+        for step in range(self.first, self.last):
+            keys = []
+            for position in range(step * self.cfg.batch_size + rank * share, step * self.cfg.batch_size + (rank + 1) * share):
+                if position // self.count != number:
+                    number = position // self.count
+                    order, flips = self.epoch(number)
+                index = int(order[position % self.count])
+                keys.append((index, bool(flips[index]) and self.flip))
+            yield keys
+
+
+def load_batches(data, sampler, workers):
+    """Iterate over batches of a data set; a sampler yields lists of (index, flip)."""
+    return iter(DataLoader(data, batch_sampler=sampler, num_workers=workers, collate_fn=lambda batch: batch,
+                           pin_memory=torch.cuda.is_available()))
+
+
+def all_batches(data, size, indices=None):
+    """Every image once and unflipped, in order, in batches of `size`."""
+    indices = range(len(data)) if indices is None else indices
+    for start in range(0, len(indices), size):
+        yield data.__getitems__([(i, False) for i in indices[start:start + size]])
+
+
+def to_float(images, device):
+    """uint8 images -> float32 in [-1, 1]."""
+    return images.to(device, non_blocking=True).float() / 127.5 - 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Processes, randomness, progress, logs, checkpoints
+
+def process():
+    """(rank, local_rank, world_size), as torchrun sets them; (0, 0, 1) without it."""
+    return tuple(int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+
+
+def device_of_process():
+    """The GPU of this process, else the CPU."""
+    return torch.device("cuda", process()[1]) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def barrier():
+    """Wait for all processes."""
+    if process()[2] > 1:
+        dist.barrier()
+
+
+def progress(total, description, unit, initial=0):
+    """A tqdm bar of rank 0. REALS_BAR is its line where stages run side by side."""
+    return tqdm(total=total, desc=description, unit=unit, initial=initial, disable=process()[0] > 0, leave=False,
+                position=int(os.environ.get("REALS_BAR", 0)), mininterval=0.5 if sys.stderr.isatty() else 60)
+
+
+def generator(*key, device="cpu"):
+    """A torch.Generator that is a function of the integers of its key."""
+    seed = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> np.uint64(1))
+    return torch.Generator(device).manual_seed(seed)
+
+
+class Draws:
+    """Random numbers of one step: those of the global batch, of which this rank gets its rows."""
+
+    def __init__(self, cfg, step, device):
+        self.rng, self.batch, self.device = generator(cfg.seed, 1, step, device=device), cfg.batch_size, device
+        share = cfg.batch_size // process()[2]
+        self.rows = slice(process()[0] * share, (process()[0] + 1) * share)
+
+    def randn(self, *shape):
+        return torch.randn(self.batch, *shape, generator=self.rng, device=self.device)[self.rows]
+
+    def rand(self):
+        return torch.rand(self.batch, generator=self.rng, device=self.device)[self.rows]
+
+    def randint(self, high):
+        return torch.randint(high, (self.batch,), generator=self.rng, device=self.device)[self.rows]
+
+
+def write_json(value, path):
+    """Write JSON, whole or not at all."""
+    with atomic_file(path) as file:
+        file.write((json.dumps(value, indent=2) + "\n").encode())
+
+
+def claim_folder(cfg, *names):
+    """OUT/STAGE, with the stage's settings in settings.json: those of Config that `names` lists, beside the common ones.
+    Stops where the folder holds a run with other settings."""
+    folder = Path(cfg.out) / cfg.stage
+    common = ("stage", "data", "seed", "image_size", "steps", "batch_size")
+    settings = json.loads(json.dumps({name: getattr(cfg, name) for name in common + names}))
+    path = folder / "settings.json"
+    if path.is_file():
+        before = json.loads(path.read_text())
+        for name in settings:
+            if before.get(name) != settings[name]:
+                stop(f"{folder} holds a run with {name} = {before.get(name)}, not {settings[name]}: "
+                     "choose another --out, or delete it")
+    barrier()
+    if process()[0] == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(settings, path)
+    return folder
+
+
+OPTIMISER = ("lr", "warmup", "decay")                                            # settings of a stage that trains
+AUTOENCODER = ("channels", "layers_per_block", "norm_groups", "latent_channels")
+
+
+class Run:
+    """A training run in a folder: resumes from checkpoint.pt, sets the learning rate, averages and writes the log.
+
+        run = Run(cfg, folder, net=net, opt=opt)          modules and optimisers that a checkpoint holds
+        for step, batch in run.steps(data):
+            ...                                           one optimiser step
+            run.log(loss=loss)                            scalars without gradient; averaged over steps and processes
+    """
+
+    def __init__(self, cfg, folder, **parts):
+        self.cfg, self.folder, self.parts, self.step, self.sums = cfg, folder, parts, 0, {}
+        path = folder / "checkpoint.pt"
+        if path.is_file():
+            state = torch.load(path, map_location=device_of_process(), weights_only=True)
+            self.step = state["step"]
+            for name, part in parts.items():
+                part.load_state_dict(state[name])
+        if process()[0] == 0:                                                    # lines after the checkpoint come again
+            lines = [line for line in self.lines() if line["step"] <= self.step]
+            with atomic_file(folder / "log.jsonl") as file:
+                file.write("".join(json.dumps(line) + "\n" for line in lines).encode())
+
+    def lines(self):
+        """The log so far."""
+        path = self.folder / "log.jsonl"
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+    def learning_rate(self):
+        """Linear warm-up, then a cosine from lr to lr * decay."""
+        cfg = self.cfg
+        share = max(0, self.step - cfg.warmup) / max(1, cfg.steps - cfg.warmup)
+        cosine = cfg.decay + (1 - cfg.decay) * 0.5 * (1 + math.cos(math.pi * share))
+        return cfg.lr * min(1.0, (self.step + 1) / (cfg.warmup + 1)) * cosine
+
+    def steps(self, data):
+        """Yield (step, batch) for the steps that are left; log and save after the loop's body."""
+        cfg = self.cfg
+        batches = load_batches(data, StepSampler(data, cfg, self.step, cfg.steps), cfg.workers)
+        optimisers = [part for part in self.parts.values() if isinstance(part, torch.optim.Optimizer)]
+        with progress(cfg.steps, f"{cfg.stage} {cfg.out}", "step", self.step) as bar:
+            start, first = time.time(), self.step
+            for batch in batches:
+                for optimiser in optimisers:
+                    for group in optimiser.param_groups:
+                        group["lr"] = self.learning_rate()
+                yield self.step, batch
+                self.step += 1
+                bar.update()
+                if self.step % cfg.log_every == 0 or self.step == cfg.steps:
+                    self.write_log(bar, (self.step - first) / (time.time() - start))
+                if self.step % cfg.save_every == 0 or self.step == cfg.steps:
+                    self.save()
+
+    def log(self, **scalars):
+        """Add scalars to the averages of the next line. Tensors stay on the device: no synchronisation here."""
+        for name, value in scalars.items():
+            total, count = self.sums.get(name, (0, 0))
+            self.sums[name] = total + value, count + 1
+
+    def write_log(self, bar, rate):
+        """One line of log.jsonl: means since the last line. Stops at a loss that is not finite."""
+        means = torch.stack([torch.as_tensor(total, dtype=torch.float64, device=device_of_process()) / count
+                             for total, count in self.sums.values()])
+        if process()[2] > 1:
+            dist.all_reduce(means)
+            means /= process()[2]
+        line = dict(zip(self.sums, means.tolist()))
+        self.sums = {}
+        bar.set_postfix({name: f"{value:.4g}" for name, value in list(line.items())[:3]})
+        if not all(math.isfinite(value) for value in line.values()):
+            stop(f"step {self.step}: not finite: {line}; the last good checkpoint is {self.folder}/checkpoint.pt")
+        if process()[0] == 0:
+            line = {"step": self.step, **line, "lr": self.learning_rate(), "images_per_second": rate * self.cfg.batch_size}
+            with open(self.folder / "log.jsonl", "a") as file:
+                file.write(json.dumps(line) + "\n")
+
+    def save(self):
+        """checkpoint.pt and curves.png, by rank 0."""
+        if process()[0] == 0:
+            with atomic_file(self.folder / "checkpoint.pt") as file:
+                torch.save({"step": self.step, **{name: part.state_dict() for name, part in self.parts.items()}}, file)
+            skip = ("step", "lr", "images_per_second")
+            lines = self.lines()
+            names = [name for name in lines[-1] if name not in skip]
+            save_picture(plot({name: {self.folder.parent.name: [(line["step"], line[name]) for line in lines if name in line]}
+                               for name in names}), self.folder / "curves.png")
+        barrier()
+
+
+def finished(folder, name, cfg):
+    """Whether a stage's result is there; says so, since then nothing is done again."""
+    if (folder / name).is_file():
+        if process()[0] == 0:
+            print(f"{folder} is done already")
+        return True
+    return False
+
+
+def plot(panels, size=(300, 200), per_row=3):
+    """Curves as a PIL image: {panel: {curve: [(x, y), ...]}}. Axes are linear, or logarithmic in y over a factor of 20."""
+    colors = ((31, 119, 180), (214, 39, 40), (44, 160, 44), (148, 103, 189))
+    font, (width, height) = ImageFont.load_default(11), size
+    columns = min(per_row, len(panels))
+    canvas = Image.new("RGB", (columns * width, math.ceil(len(panels) / per_row) * height), "white")
+    draw = ImageDraw.Draw(canvas)
+    for number, (title, curves) in enumerate(panels.items()):
+        left, top = (number % per_row) * width + 52, (number // per_row) * height + 22
+        right, bottom = left + width - 66, top + height - 48
+        xs, ys = zip(*[point for points in curves.values() for point in points])
+        low, high = min(ys), max(ys)
+        logarithmic = low > 0 and high / low > 20
+        scale = math.log10 if logarithmic else float
+        low, high = scale(low), scale(high)
+        low, high = (low - 0.5, high + 0.5) if high == low else (low, high)
+
+        def place(x, y):
+            return (left + (right - left) * x / max(xs), bottom - (bottom - top) * (scale(y) - low) / (high - low))
+
+        draw.text((left, top - 18), title + (" (logarithmic)" if logarithmic else ""), fill="black", font=font)
+        for i in range(5):
+            value = low + (high - low) * i / 4
+            y, label = bottom - (bottom - top) * i / 4, f"{10 ** value if logarithmic else value:.3g}"
+            draw.line((left, y, right, y), fill=(225, 225, 225))
+            draw.text((left - 5 - font.getlength(label), y - 7), label, fill=(80, 80, 80), font=font)
+        for x in (0, max(xs) // 2, max(xs)):
+            px = left + (right - left) * x / max(xs)
+            draw.text((px - font.getlength(str(x)) / 2, bottom + 3), str(x), fill=(80, 80, 80), font=font)
+        for i, (name, points) in enumerate(curves.items()):
+            draw.line([place(x, y) for x, y in points], fill=colors[i % len(colors)], width=2)
+            if len(curves) > 1:
+                draw.text((right - 60, top + 2 + 13 * i), name, fill=colors[i % len(colors)], font=font)
+    return canvas
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Stages teacher and evaluator: two classifiers that share nothing, so that what is aligned to one is judged by the other
+
+class Teacher(nn.Module):
+    """A small DINOv2 and its heads: class from class token and mean patch; segments and depth from patch tokens."""
+
+    def __init__(self, image_size, num_classes, dense, embed_dim=96, depth=3, num_heads=4, patch_size=4):
+        super().__init__()
+        self.config = dict(embed_dim=embed_dim, depth=depth, num_heads=num_heads, patch_size=patch_size, img_size=image_size)
+        self.dinov2 = align.DINOv2(**self.config)
+        self.classifier = nn.Linear(2 * embed_dim, num_classes)
+        self.head_config = dict(segmentation=dict(embed_dim=embed_dim, num_classes=len(SEGMENTS)),
+                                depth=dict(embed_dim=embed_dim, min_depth=NEAR, max_depth=FAR))
+        self.segmentation = align.SegmentationHead(**self.head_config["segmentation"]) if dense else None
+        self.depth = align.DepthHead(**self.head_config["depth"]) if dense else None
+
+    def forward(self, x):
+        """x (N, 3, H, W) in [-1, 1] -> class logits, segment logits (N, S, H, W), depth (N, H, W); None without heads."""
+        size = x.shape[-1]
+        out = self.dinov2.forward_features(align.teacher_input(x, size))
+        cls, patches = out["x_norm_clstoken"], out["x_norm_patchtokens"]
+        logits = self.classifier(torch.cat([cls, patches.mean(1)], dim=1))
+        if self.segmentation is None:
+            return logits, None, None
+        grid = size // self.dinov2.patch_size
+        features = patches.transpose(1, 2).unflatten(2, (grid, grid))
+        segments = F.interpolate(self.segmentation(features), size=(size, size), mode="bilinear", align_corners=False)
+        depth = F.interpolate(self.depth(features, cls), size=(size, size), mode="bilinear", align_corners=False)
+        return logits, segments, depth[:, 0]
+
+
+class Evaluator(nn.Module):
+    """A small convolutional classifier, (N, 3, H, W) in [-1, 1] -> features (N, 128) and class logits."""
+
+    def __init__(self, num_classes, width=32):
+        super().__init__()
+        layers, channels = [], 3
+        for i, (out, stride) in enumerate(((1, 1), (1, 2), (2, 1), (2, 2), (4, 1), (4, 2))):
+            layers += [nn.Conv2d(channels, out * width, 3, stride=stride, padding=1, bias=False),
+                       nn.BatchNorm2d(out * width), nn.ReLU()]
+            channels = out * width
+        self.features, self.classifier = nn.Sequential(*layers), nn.Linear(channels, num_classes)
+
+    def forward(self, x):
+        feats = self.features(x).mean(dim=(2, 3))
+        return feats, self.classifier(feats)
+
+
+def degrade(x, rng):
+    """Half of the images blurred by a 3 x 3 kernel, half with noise: the evaluator shall look at shapes, not at sharpness."""
+    kernel = torch.tensor([1.0, 2.0, 1.0], device=x.device)
+    kernel = (kernel[:, None] * kernel / 16).expand(3, 1, 3, 3)
+    blurred = F.conv2d(F.pad(x, (1, 1, 1, 1), mode="reflect"), kernel, groups=3)
+    blur, noise = rng.rand() < 0.5, rng.rand() < 0.5
+    x = torch.where(blur.view(-1, 1, 1, 1), blurred, x)
+    return x + 0.1 * noise.view(-1, 1, 1, 1) * rng.randn(*x.shape[1:])
+
+
+def train_classifier(cfg):
+    """Stages teacher and evaluator. The evaluator starts from another seed and sees other batches and degraded images."""
+    if cfg.stage == "evaluator":
+        cfg = dataclasses.replace(cfg, seed=cfg.seed + 1000)
+    folder = claim_folder(cfg, *OPTIMISER)
+    weights = "dinov2.safetensors" if cfg.stage == "teacher" else "evaluator.safetensors"
+    if finished(folder, weights, cfg):
+        return
+    device, data = device_of_process(), open_data(cfg, "train")
+    torch.manual_seed(cfg.seed)
+    if cfg.stage == "teacher":
+        net = Teacher(cfg.image_size, len(data.classes), dense=cfg.data == "scenes").to(device)
+    else:
+        net = Evaluator(len(data.classes)).to(device)
+    model = DDP(net) if process()[2] > 1 else net
+    opt = torch.optim.AdamW(net.parameters(), lr=cfg.lr, weight_decay=0.05)
+    run = Run(cfg, folder, net=net, opt=opt)
+    for step, (images, labels, *dense) in run.steps(data):
+        x, labels, rng = to_float(images, device), labels.to(device), Draws(cfg, step, device)
+        if cfg.stage == "teacher":
+            logits, segments, depth = model(x)
+            loss = F.cross_entropy(logits, labels)
+            parts = {"class_loss": loss.detach()}
+            if dense:
+                segment_loss = F.cross_entropy(segments, dense[0].long().to(device))
+                depth_loss = (depth.log() - dense[1].to(device).log()).square().mean()
+                loss = loss + segment_loss + 5 * depth_loss
+                parts.update(segment_loss=segment_loss.detach(), depth_loss=depth_loss.detach())
+        else:
+            _, logits = model(degrade(x, rng))
+            loss = F.cross_entropy(logits, labels)
+            parts = {"class_loss": loss.detach()}
+        opt.zero_grad()
+        loss.backward()
+        opt.step()
+        run.log(**parts, accuracy=(logits.argmax(1) == labels).float().mean())
+    if process()[0] == 0:
+        if cfg.stage == "teacher":
+            write_json(net.config, folder / "config.json")
+            if net.segmentation is not None:
+                write_json(net.head_config, folder / "heads.json")
+                save_safetensors(net.segmentation.state_dict(), folder / "segmentation_head.safetensors")
+                save_safetensors(net.depth.state_dict(), folder / "depth_head.safetensors")
+            save_safetensors(net.dinov2.state_dict(), folder / weights)
+        else:
+            save_safetensors(net.state_dict(), folder / weights)
+
+
+def load_teacher(folder):
+    """The frozen DINOv2 that stage teacher wrote."""
+    folder = Path(folder)
+    if not (folder / "dinov2.safetensors").is_file():
+        stop(f"{folder}/dinov2.safetensors not found: run train.py --stage teacher --out {folder.parent} first, or give --teacher")
+    teacher = align.DINOv2(**json.loads((folder / "config.json").read_text()))
+    teacher.load_state_dict(load_weights(folder / "dinov2.safetensors"))
+    return teacher.eval().requires_grad_(False)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Stages vae and align: the same autoencoder, the same loop; align adds one term to the loss
+
+class AlignedAutoencoder(nn.Module):
+    """Autoencoder and MLPs in one module, so that DDP sees one forward that returns all that the loss needs."""
+
+    def __init__(self, autoencoder, heads):
+        super().__init__()
+        self.vae, self.heads = autoencoder, heads
+
+    def forward(self, x, noise):
+        rec, posterior, z = self.vae(x, noise)
+        return rec, posterior, self.heads(z) if self.heads is not None else None
+
+
+@torch.no_grad()
+def teacher_tokens(teacher, x):
+    """Patch tokens (N, T, D) and class tokens (N, D), after the teacher's last norm, of images in [-1, 1]."""
+    out = teacher.forward_features(align.teacher_input(x, x.shape[-1]))
+    return out["x_norm_patchtokens"], out["x_norm_clstoken"]
+
+
+def train_autoencoder(cfg):
+    """Stages vae and align."""
+    aligned = cfg.stage == "align"
+    names = OPTIMISER + AUTOENCODER + ("kl_weight", "perceptual_weight", "disc_weight", "disc_start")
+    if aligned:
+        cfg = dataclasses.replace(cfg, teacher=cfg.teacher or str(Path(cfg.out) / "teacher"))
+        names += ("teacher", "align_weight", "align_hidden", "fold", "pool")
+        teacher = load_teacher(cfg.teacher)
+    folder, device = claim_folder(cfg, *names), device_of_process()
+    if finished(folder, "config.json", cfg):
+        return
+    data = open_data(cfg, "train")
+    torch.manual_seed(cfg.seed)
+    try:
+        autoencoder = vae.AutoencoderKL(block_out_channels=cfg.channels, layers_per_block=cfg.layers_per_block,
+                                        norm_num_groups=cfg.norm_groups, latent_channels=cfg.latent_channels,
+                                        sample_size=cfg.image_size)
+    except ValueError as error:
+        stop(error)
+    heads, lpips = None, None
+    if aligned:
+        teacher.to(device)
+        heads = align.AlignmentHeads(cfg.latent_channels, teacher.embed_dim, cfg.align_hidden, cfg.fold, cfg.pool)
+        images, *_ = next(all_batches(data, 2048, range(0, len(data), max(1, len(data) // 2048))))
+        heads.to(device).fit_statistics(*teacher_tokens(teacher, to_float(images, device)))
+    net = AlignedAutoencoder(autoencoder, heads).to(device)
+    model = DDP(net) if process()[2] > 1 else net
+    opt = torch.optim.AdamW(net.parameters(), lr=cfg.lr, betas=(0.9, 0.99), weight_decay=0.0)
+    parts = dict(net=net, opt=opt)
+    if cfg.perceptual_weight:
+        lpips = load_lpips().to(device)
+    if cfg.disc_weight:
+        discriminator = vae.PatchDiscriminator().to(device)
+        d_model = DDP(discriminator) if process()[2] > 1 else discriminator
+        d_opt = torch.optim.AdamW(discriminator.parameters(), lr=cfg.lr, betas=(0.5, 0.9), weight_decay=0.0)
+        parts.update(discriminator=discriminator, d_opt=d_opt)
+    run = Run(cfg, folder, **parts)
+    grid = cfg.image_size >> (len(cfg.channels) - 1)
+    for step, (images, *_) in run.steps(data):
+        x, gan = to_float(images, device), bool(cfg.disc_weight) and step >= cfg.disc_start
+        noise = Draws(cfg, step, device).randn(cfg.latent_channels, grid, grid)
+        rec, posterior, features = model(x, noise)
+        loss, logged = vae.autoencoder_loss(
+            x, rec, posterior, kl_weight=cfg.kl_weight, perceptual_weight=cfg.perceptual_weight, lpips=lpips,
+            disc_weight=cfg.disc_weight if gan else 0.0, discriminator=discriminator if gan else None,
+            last_layer=autoencoder.decoder.conv_out.weight)
+        if aligned:
+            loss_align, cosines = align.align_loss(*features, *heads.standardize(*teacher_tokens(teacher, x)))
+            loss = loss + cfg.align_weight * loss_align
+            logged.update(align=loss_align.detach(), **cosines)
+        opt.zero_grad()
+        loss.backward()
+        opt.step()
+        if gan:
+            d_loss = vae.hinge_d_loss(d_model(x), d_model(rec.detach()))
+            d_opt.zero_grad()
+            d_loss.backward()
+            d_opt.step()
+            logged["discriminator"] = d_loss.detach()
+        run.log(**logged)
+    if process()[0] == 0:
+        measure_latents(autoencoder.eval(), data, device)
+        if aligned:
+            write_json(heads.config, folder / "heads.json")
+            save_safetensors(heads.state_dict(), folder / "heads.safetensors")
+        images = next(all_batches(data, 64))[0]
+        with torch.no_grad():
+            rec = autoencoder(to_float(images, device), torch.zeros(len(images), cfg.latent_channels, grid, grid, device=device))[0]
+        (folder / "samples").mkdir(exist_ok=True)
+        save_picture(sheet({"original": images.unflatten(0, (8, -1)), "reconstruction": to_uint8(rec).unflatten(0, (8, -1))}),
+                     folder / "samples" / "reconstructions.png")
+        autoencoder.save_pretrained(folder)
+
+
+def load_lpips():
+    """LPIPS from the two published files in the cache folder."""
+    cache = Path(os.environ.get("REALS_CACHE", Path.home() / ".cache" / "reals"))
+    sources = {"vgg16-397923af.pth": "https://download.pytorch.org/models/vgg16-397923af.pth",
+               "vgg.pth": "https://github.com/richzhang/PerceptualSimilarity/raw/master/lpips/weights/v0.1/vgg.pth"}
+    for name, address in sources.items():
+        if not (cache / name).is_file():
+            stop(f"--perceptual-weight needs {name}: download {address} into {cache}, or give --perceptual-weight 0")
+    return vae.LPIPS(*(cache / name for name in sources)).eval()
+
+
+@torch.no_grad()
+def measure_latents(autoencoder, data, device, count=4096):
+    """Store per-channel mean and standard deviation of the latents of `count` training images in the autoencoder's config."""
+    sums = torch.zeros(3, autoencoder.config["latent_channels"], dtype=torch.float64, device=device)
+    for images, *_ in all_batches(data, 128, range(0, len(data), max(1, len(data) // count))):
+        posterior = autoencoder.encode(to_float(images, device)).latent_dist
+        # E[z^2] = E[mean^2 + var]: the statistics of samples, without drawing any
+        second = posterior.mean.square() + posterior.var
+        sums += torch.stack([torch.ones_like(posterior.mean), posterior.mean, second]).double().sum(dim=(1, 3, 4))
+    mean = sums[1] / sums[0]
+    autoencoder.config["latents_mean"] = mean.tolist()
+    autoencoder.config["latents_std"] = (sums[2] / sums[0] - mean.square()).sqrt().tolist()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Stage latents: every training image encoded once
+
+def checksum(path):
+    """sha256 of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def find_autoencoder(cfg):
+    """Folder of the run's autoencoder; stops where there is none."""
+    folder = Path(cfg.vae) if cfg.vae else autoencoder_folder(Path(cfg.out))
+    if not (folder / "config.json").is_file():
+        stop(f"{folder}/config.json not found: run train.py --stage vae (or align) --out {cfg.out} first, or give --vae")
+    return folder
+
+
+@torch.no_grad()
+def encode_latents(cfg):
+    """Stage latents: moments.npy (flips, images, 2C, h, w) float16 holds mean and std, labels.npy (images,)."""
+    source, device = find_autoencoder(cfg), device_of_process()
+    cfg = dataclasses.replace(cfg, vae=str(source))
+    folder = claim_folder(cfg, "vae")
+    identity = {"autoencoder": checksum(source / "diffusion_pytorch_model.safetensors")}
+    if finished(folder, "meta.json", cfg):
+        return
+    autoencoder, data = load_autoencoder(source).to(device), open_data(cfg, "train")
+    rank, _, world_size = process()
+    grid, flips = cfg.image_size >> (len(autoencoder.config["block_out_channels"]) - 1), 2 if data.flip else 1
+    shape = (flips, len(data), 2 * autoencoder.config["latent_channels"], grid, grid)
+    temporary, labels = folder / ".moments.tmp.npy", np.zeros(len(data), dtype=np.int64)
+    if rank == 0:
+        np.lib.format.open_memmap(temporary, mode="w+", dtype=np.float16, shape=shape)
+    barrier()
+    moments = np.load(temporary, mmap_mode="r+")
+    mine = np.array_split(np.arange(len(data)), world_size)[rank]                # processes write disjoint rows
+    with progress(len(mine) * flips, f"latents {cfg.out}", "image") as bar:
+        for flip in range(flips):
+            for start in range(0, len(mine), cfg.batch_size):
+                rows = mine[start:start + cfg.batch_size]
+                images, y, *_ = data.__getitems__([(int(i), bool(flip)) for i in rows])
+                posterior = autoencoder.encode(to_float(images, device)).latent_dist
+                moments[flip, rows] = torch.cat([posterior.mean, posterior.std], dim=1).cpu().numpy()
+                labels[rows] = y.numpy()
+                bar.update(len(rows))
+    moments.flush()
+    labels = torch.from_numpy(labels).to(device)
+    if world_size > 1:
+        dist.all_reduce(labels)
+    if rank == 0:
+        os.replace(temporary, folder / "moments.npy")
+        with atomic_file(folder / "labels.npy") as file:
+            np.save(file, labels.cpu().numpy())
+        write_json({**identity, "classes": list(data.classes)}, folder / "meta.json")
+    barrier()
+
+
+class Latents:
+    """The moments that stage latents wrote, as a data set; stops where they are missing or of another autoencoder."""
+
+    def __init__(self, cfg, source):
+        folder = Path(cfg.out) / "latents"
+        if not (folder / "meta.json").is_file():
+            stop(f"{folder}/meta.json not found: run train.py --stage latents --out {cfg.out} first")
+        meta = json.loads((folder / "meta.json").read_text())
+        if meta["autoencoder"] != checksum(source / "diffusion_pytorch_model.safetensors"):
+            stop(f"{folder} was encoded by another autoencoder than {source}: delete it and run --stage latents again")
+        self.moments, self.labels = np.load(folder / "moments.npy", mmap_mode="r"), np.load(folder / "labels.npy")
+        self.classes, self.flip = meta["classes"], self.moments.shape[0] == 2
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __getitems__(self, keys):
+        """keys: list of (index, flip) -> moments (N, 2C, h, w) float32, labels (N,)."""
+        index, flip = np.array([i for i, _ in keys]), np.array([int(f) for _, f in keys])
+        return torch.from_numpy(self.moments[flip, index].astype(np.float32)), torch.from_numpy(self.labels[index])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Stages sit and dit: the diffusion transformers; nothing here knows whether the latents are aligned
+
+def train_diffusion(cfg):
+    """Stages sit and dit."""
+    source, device = find_autoencoder(cfg), device_of_process()
+    cfg = dataclasses.replace(cfg, vae=str(source))
+    folder = claim_folder(cfg, *OPTIMISER, "vae", "model", "ema")
+    if finished(folder, "ema.safetensors", cfg):
+        return
+    autoencoder, data = load_autoencoder(source).to(device), Latents(cfg, source)
+    module, network = FAMILIES[cfg.stage]
+    try:
+        config = dict(module.size_arguments(cfg.model, network.__name__), input_size=data.moments.shape[-1],
+                      in_channels=data.moments.shape[2] // 2, num_classes=len(data.classes), class_dropout_prob=0.1,
+                      learn_sigma=cfg.stage == "dit")
+        torch.manual_seed(cfg.seed)
+        net, ema = network(**config).to(device), network(**config).to(device).requires_grad_(False)
+    except ValueError as error:
+        stop(error)
+    ema.load_state_dict(net.state_dict())
+    model = DDP(net) if process()[2] > 1 else net
+    opt = torch.optim.AdamW(net.parameters(), lr=cfg.lr, weight_decay=0.0)
+    run = Run(cfg, folder, net=net, ema=ema.eval(), opt=opt)
+    for step, (moments, labels) in run.steps(data):
+        mean, std = moments.to(device).chunk(2, dim=1)
+        y, rng = labels.to(device), Draws(cfg, step, device)
+        x = autoencoder.normalize(mean + std * rng.randn(*mean.shape[1:]))
+        eps, drop = rng.randn(*mean.shape[1:]), rng.rand() < 0.1
+        t = rng.rand() if cfg.stage == "sit" else rng.randint(1000)
+        loss = module.training_loss(model, x, y, t, eps, drop).mean()
+        opt.zero_grad()
+        loss.backward()
+        opt.step()
+        for averaged, parameter in zip(ema.parameters(), net.parameters()):
+            averaged.lerp_(parameter.detach(), 1 - cfg.ema)
+        run.log(loss=loss.detach())
+    if process()[0] == 0:
+        write_json(config, folder / "config.json")
+        labels = torch.arange(min(len(data.classes), 10)).repeat_interleave(8)
+        _, images = generate(module, ema, autoencoder, range(len(labels)), labels, cfg.seed, device,
+                             **SAMPLERS[cfg.stage])
+        (folder / "samples").mkdir(exist_ok=True)
+        save_picture(sheet({"samples, no guidance": to_uint8(images).unflatten(0, (-1, 8))}), folder / "samples" / "final.png")
+        save_safetensors(ema.state_dict(), folder / "ema.safetensors")
+
+
+SAMPLERS = {"sit": dict(sampler="heun", num_steps=25), "dit": dict(sampler="ddpm", num_steps=100)}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Stage report: OUT/plain against OUT/aligned
+
+def linear_probe(train, train_labels, test, test_labels, num_classes):
+    """Test accuracy of multinomial logistic regression on standardised features, trained to the end by L-BFGS."""
+    mean, std = train.mean(0), train.std(0).clamp(min=1e-6)
+    train, test = (train - mean) / std, (test - mean) / std
+    weight = torch.zeros(train.shape[1] + 1, num_classes, device=train.device, requires_grad=True)
+    opt = torch.optim.LBFGS([weight], max_iter=200, line_search_fn="strong_wolfe")
+
+    def closure():
+        opt.zero_grad()
+        loss = F.cross_entropy(train @ weight[1:] + weight[0], train_labels) + 1e-3 * weight[1:].square().sum()
+        loss.backward()
+        return loss
+
+    opt.step(closure)
+    return ((test @ weight[1:] + weight[0]).argmax(1) == test_labels).float().mean().item()
+
+
+def fit_heads(heads, latents, patch_tokens, cls_token, seed, steps=500, batch=64):
+    """Train the MLPs of a plain autoencoder afterwards, on its frozen latents: what alignment would cost without it."""
+    opt = torch.optim.AdamW(heads.parameters(), lr=2e-3)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(opt, 2e-3, total_steps=steps, pct_start=0.05)
+    rng = np.random.default_rng([seed, 2])
+    with progress(steps, "report: MLPs for the plain latents", "step") as bar:
+        for _ in range(steps):
+            rows = torch.from_numpy(rng.integers(len(latents), size=batch))
+            loss, _ = align.align_loss(*heads(latents[rows]), *heads.standardize(patch_tokens[rows], cls_token[rows]))
+            opt.zero_grad()
+            loss.backward()
+            opt.step()
+            schedule.step()
+            bar.update()
+    return heads.eval()
+
+
+def mean_iou(prediction, truth, num_classes):
+    """Intersection over union of segment maps, over all pixels, averaged over the classes that occur."""
+    pairs = torch.bincount((truth.long() * num_classes + prediction.long()).flatten(), minlength=num_classes ** 2)
+    pairs = pairs.view(num_classes, num_classes).double()
+    union = pairs.sum(0) + pairs.sum(1) - pairs.diag()
+    return (pairs.diag()[union > 0] / union[union > 0]).mean().item()
+
+
+@torch.no_grad()
+def in_batches(function, x, size=250):
+    """function over x (N, ...) in batches; its tensor or tuple of tensors, concatenated."""
+    parts = [function(x[i:i + size]) for i in range(0, len(x), size)]
+    return torch.cat(parts) if torch.is_tensor(parts[0]) else tuple(torch.cat(p) for p in zip(*parts))
+
+
+def frechet(a, b):
+    """Frechet distance of two sets of features."""
+    return fid.frechet_distance(*fid.feature_statistics(a.cpu()), *fid.feature_statistics(b.cpu()))
+
+
+def report(cfg):
+    """Stage report: figures and pictures of both arms, report.md, and the table on the terminal."""
+    started, out, device = time.time(), Path(cfg.out), device_of_process()
+    arms = {"plain": out / "plain", "aligned": out / "aligned"}
+    for name, arm in arms.items():
+        for path in (autoencoder_folder(arm) / "config.json", arm / "latents" / "meta.json", arm / "samples.npz"):
+            if not path.is_file():
+                stop(f"{path} not found: python train.py --out {out} makes what the report compares")
+    test, train = open_data(cfg, "test"), open_data(cfg, "train")
+    dense, num_classes = cfg.data == "scenes", len(test.classes)
+    teacher, evaluator = load_teacher(out / "teacher").to(device), Evaluator(num_classes).to(device)
+    evaluator.load_state_dict(load_weights(out / "evaluator" / "evaluator.safetensors"))
+    evaluator.eval()
+    task_heads = load_task_heads(out / "teacher")
+
+    test_images, test_labels, *truth = (torch.cat(part) for part in zip(*all_batches(test, 500)))
+    count = min(len(train), 8000)
+    step = len(train) // count                                                   # folders list one class after the other
+    subset = torch.arange(0, step * count, step)
+    train_images, train_labels, *_ = (torch.cat(part) for part in zip(*all_batches(train, 500, subset.tolist())))
+    x_test, x_train = to_float(test_images, device), to_float(train_images, device)
+    test_labels, train_labels = test_labels.to(device), train_labels.to(device)
+    features = lambda x: in_batches(lambda b: evaluator(b)[0], x)
+    real = features(x_test)
+    patch_test, cls_test = in_batches(lambda b: teacher_tokens(teacher, b), x_test)
+    table, pictures = {}, {"original": test_images}
+    masks = {}
+    for name, arm in arms.items():
+        folder = autoencoder_folder(arm)
+        autoencoder = load_autoencoder(folder).to(device)
+        z_test = in_batches(lambda b: autoencoder.encode(b).latent_dist.mean, x_test)
+        z_train = in_batches(lambda b: autoencoder.encode(b).latent_dist.mean, x_train)
+        rec = in_batches(lambda b: autoencoder.decode(b).sample.clamp(-1, 1), z_test)
+        if (folder / "heads.safetensors").is_file():
+            heads = load_heads(folder).to(device)
+        else:
+            config = dict(json.loads((autoencoder_folder(arms["aligned"]) / "heads.json").read_text()))
+            torch.manual_seed(cfg.seed)
+            heads = align.AlignmentHeads(**config).to(device)
+            tokens = in_batches(lambda b: teacher_tokens(teacher, b), x_train)
+            heads.fit_statistics(*tokens)
+            heads = fit_heads(heads, z_train, *tokens, cfg.seed)
+        rec_feats = features(to_float(to_uint8(rec), device))
+        row = {"PSNR of reconstructions, dB": (10 * torch.log10(4 / (rec - x_test).square().flatten(1).mean(1))).mean().item()}
+        patch, cls = in_batches(heads, z_test)
+        patch_target, cls_target = heads.standardize(patch_test, cls_test)
+        row["cosine to the teacher, patches"] = F.cosine_similarity(patch, patch_target, dim=-1).mean().item()
+        row["cosine to the teacher, class token"] = F.cosine_similarity(cls, cls_target, dim=-1).mean().item()
+        row["linear probe on latents, accuracy"] = linear_probe(z_train.flatten(1), train_labels, z_test.flatten(1),
+                                                                test_labels, num_classes)
+        row["FD of reconstructions"] = frechet(rec_feats, real)
+        for suffix, label in (("", "no guidance"), ("-guided", f"guidance {cfg.cfg_scale}")):
+            with np.load(arm / f"samples{suffix}.npz") as archive:
+                samples, wanted = torch.from_numpy(archive["arr_0"]).permute(0, 3, 1, 2), torch.from_numpy(archive["arr_1"])
+            feats, logits = in_batches(evaluator, to_float(samples, device))
+            row[f"FD of samples, {label}"] = frechet(feats, real)
+            row[f"FD of samples to own reconstructions, {label}"] = frechet(feats, rec_feats)
+            row[f"class accuracy of samples, {label}"] = (logits.argmax(1).cpu() == wanted).float().mean().item()
+            pictures[f"{name}{suffix}"] = samples, wanted
+        if dense:
+            feature_map, cls_token = in_batches(heads.feature_map, z_test), in_batches(heads.class_token, z_test)
+            mask, depth = read_tasks(feature_map, cls_token, task_heads, cfg.image_size)
+            row["masks from latents, mIoU"] = mean_iou(mask, truth[0], len(SEGMENTS))
+            row["depth from latents, relative error"] = ((depth - truth[1]).abs() / truth[1]).mean().item()
+            masks[name] = mask, depth
+        table[name] = row
+        pictures[f"{name} reconstruction"] = to_uint8(rec)
+    # what real images score, as the end of the scale
+    _, logits = in_batches(evaluator, x_test)
+    reference = {"FD of samples, no guidance": frechet(features(x_train[:len(x_test)] if dense else x_train), real),
+                 "class accuracy of samples, no guidance": (logits.argmax(1) == test_labels).float().mean().item()}
+    if dense:
+        side = cfg.image_size // teacher.patch_size
+        mask, depth = read_tasks(patch_test.transpose(1, 2).unflatten(2, (side, side)), cls_test, task_heads, cfg.image_size)
+        reference["masks from latents, mIoU"] = mean_iou(mask, truth[0], len(SEGMENTS))
+        reference["depth from latents, relative error"] = ((depth - truth[1]).abs() / truth[1]).mean().item()
+        masks["teacher"] = mask, depth
+    write_json({**table, "real images, teacher": reference}, out / "report.json")
+    draw_report(cfg, out, test, test_labels.cpu(), pictures, masks, truth)
+    write_report(cfg, out, table, reference, time.time() - started)
+
+
+def draw_report(cfg, out, test, labels, pictures, masks, truth):
+    """The report's pictures: real.png, reconstructions.png, samples.png, samples-guided.png, tasks.png, curves.png."""
+    shown = min(10, len(test.classes))
+    rows = by_class(torch.arange(len(labels)), labels, shown, 8)
+    save_picture(sheet({"held-out images": pictures["original"][rows]}), out / "real.png")
+    save_picture(sheet({"original": pictures["original"][rows], "plain": pictures["plain reconstruction"][rows],
+                        "aligned": pictures["aligned reconstruction"][rows]}), out / "reconstructions.png")
+    for suffix in ("", "-guided"):
+        save_picture(sheet({f"{name}{suffix.replace('-', ', ')}": by_class(*pictures[name + suffix], shown, 10)
+                            for name in ("plain", "aligned")}), out / f"samples{suffix}.png")
+    if masks:
+        columns, rows = {"held-out image": pictures["original"][rows[:, :3]]}, rows[:, :3]
+        color = lambda mask: align.colorize_mask(mask[rows].flatten(0, 1).cpu(), len(SEGMENTS)).unflatten(0, rows.shape)
+        shade = lambda depth: align.colorize_depth(depth[rows].flatten(0, 1).cpu(), NEAR, FAR).unflatten(0, rows.shape)
+        columns["mask, exact"] = color(truth[0])
+        columns.update({f"mask, {name}": color(mask) for name, (mask, _) in masks.items()})
+        columns["depth, exact"] = shade(truth[1])
+        columns.update({f"depth, {name}": shade(depth) for name, (_, depth) in masks.items()})
+        save_picture(sheet(columns), out / "tasks.png")
+    curves = {}
+    for name, stages in (("plain", ("vae", "sit")), ("aligned", ("align", "sit"))):
+        for stage in stages:
+            for line in map(json.loads, (out / name / stage / "log.jsonl").read_text().splitlines()):
+                for key in ("mse", "kl", "cos_patch", "cos_cls", "loss"):
+                    if key in line:
+                        title = {"loss": "flow-matching loss", "mse": "autoencoder: mse", "kl": "autoencoder: KL"}.get(key, key)
+                        curves.setdefault(title, {}).setdefault(name, []).append((line["step"], line[key]))
+    save_picture(plot(curves), out / "curves.png")
+
+
+def write_report(cfg, out, table, reference, seconds):
+    """report.md, and its table on the terminal."""
+    plain, aligned = table["plain"], table["aligned"]
+    lines = ["| | plain | aligned | change | real images, teacher |", "|---|---|---|---|---|"]
+    for name in plain:
+        change = f"{100 * (aligned[name] / plain[name] - 1):+.0f} %" if name.startswith("FD") else f"{aligned[name] - plain[name]:+.3f}"
+        last = f"{reference[name]:.3f}" if name in reference else ""
+        lines.append(f"| {name} | {plain[name]:.3f} | {aligned[name]:.3f} | {change} | {last} |")
+    fd = "FD of samples, no guidance"
+    gain = 100 * (1 - aligned[fd] / plain[fd])
+    verdict = (f"FD of samples without guidance is {abs(gain):.0f} % {'lower' if gain > 0 else 'higher'} with alignment: "
+               f"the aim of 15 % lower is {'reached' if gain >= 15 else 'not reached'} in this run.")
+    timings = json.loads((out / "timings.json").read_text()) if (out / "timings.json").is_file() else {}
+    timings["report"] = seconds
+    shown = ["curves.png", "real.png", "reconstructions.png", "samples.png", "samples-guided.png"]
+    shown += ["tasks.png"] if (out / "tasks.png").is_file() else []
+    text = [f"# Plain and aligned latents: {cfg.data}, seed {cfg.seed}", "", *lines, "", verdict, "",
+            "FD is the Frechet distance of the features of this run's own evaluator network to held-out images: it is no FID and "
+            "compares with nothing outside this run. The last column gives what real images score, and masks and depth that the "
+            "teacher itself reads off the images. Cosines are of features standardised per channel. The plain autoencoder's MLPs were "
+            "fitted afterwards, to its frozen latents.", ""]
+    text += ["| phase | seconds |", "|---|---|"] + [f"| {name} | {value:.0f} |" for name, value in timings.items()] + [""]
+    text += [f"![{name}]({name})" for name in shown]
+    text += [f"![generated]({name}/samples-tasks.png)" for name in ("aligned",) if (out / name / "samples-tasks.png").is_file()]
+    with atomic_file(out / "report.md") as file:
+        file.write(("\n".join(text) + "\n").encode())
+    width = max(map(len, plain))
+    print("\n" + " " * width + "     plain   aligned")
+    for name in plain:
+        print(f"{name:{width}} {plain[name]:9.3f} {aligned[name]:9.3f}")
+    print(f"\n{verdict}\nreport and pictures: {out}/report.md")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The chain: every stage is a command that could be typed; two run side by side on a CPU
+
+def chain(cfg, argv):
+    """All stages for both arms. What is done already is not done again."""
+    if process()[2] > 1:
+        stop("the chain starts its own processes: run it without torchrun, or one --stage at a time with it")
+    out = Path(cfg.out)
+    given = {f.name: getattr(cfg, f.name) for f in dataclasses.fields(Config) if getattr(cfg, f.name) != f.default}
+    given.pop("out")
+    path = out / "config.json"
+    if path.is_file() and json.loads(path.read_text()) != given:
+        stop(f"{out} holds a run with {json.loads(path.read_text())}, not {given}: choose another --out, or delete it")
+    for split in ("train", "test"):
+        if cfg.data != "scenes":
+            ImageFolder(cfg.data, split, 1)                                      # say now what is wrong with the data
+    settings = resolve(cfg, "report")
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(given, path)
+    flags = [word for name, value in given.items() for word in (f"--{name.replace('_', '-')}", *map(str, np.atleast_1d(value)))]
+    plain, aligned = str(out / "plain"), str(out / "aligned")
+
+    def stage(name, run):
+        extra = ["--teacher", str(out / "teacher")] if name == "align" else []
+        return [sys.executable, __file__, "--stage", name, "--out", run, *extra, *flags]
+
+    def samples(run, scale):
+        tasks = ["--tasks", "features", *(("segmentation", "depth") if cfg.data == "scenes" else ())]
+        return [sys.executable, str(Path(__file__).with_name("sample.py")), "--run", run, "--num", str(settings.num_samples),
+                "--out", f"{run}/samples{'' if scale == 1 else '-guided'}.npz", "--num-steps", "10", "--seed", str(cfg.seed),
+                "--cfg-scale", str(scale), *(tasks if run == aligned and scale == 1 else ())]
+
+    jobs = {                                                                     # name: (command, what must be done before)
+        "teacher": (stage("teacher", str(out)), ()),
+        "plain/vae": (stage("vae", plain), ()),
+        "aligned/align": (stage("align", aligned), ("teacher",)),
+        "evaluator": (stage("evaluator", str(out)), ()),
+        **{f"{run}/latents": (stage("latents", str(out / run)), (f"{run}/{vae}",))
+           for run, vae in (("plain", "vae"), ("aligned", "align"))},
+        **{f"{run}/sit": (stage("sit", str(out / run)), (f"{run}/latents",)) for run in ("plain", "aligned")},
+        **{f"{run}/samples": (samples(str(out / run), 1), (f"{run}/sit",)) for run in ("plain", "aligned")},
+        **{f"{run}/samples-guided": (samples(str(out / run), settings.cfg_scale), (f"{run}/sit",)) for run in ("plain", "aligned")},
+    }
+    run_jobs(jobs, out)
+    report(settings)
+
+
+def run_jobs(jobs, out):
+    """Run commands, each when all before it are done; two at once where there is no GPU. Their seconds go to timings.json."""
+    slots = 1 if torch.cuda.is_available() or os.cpu_count() == 1 else 2
+    env = dict(os.environ, OMP_NUM_THREADS=str(max(1, os.cpu_count() // slots)), OMP_WAIT_POLICY="passive")
+    path = out / "timings.json"
+    timings = json.loads(path.read_text()) if path.is_file() else {}
+    done, running = {name for name in jobs if (out / f"{name}.npz").is_file()}, {}
+    while len(done) < len(jobs):
+        for name, (command, before) in jobs.items():
+            if len(running) < slots and name not in done and name not in running and done.issuperset(before):
+                slot = min(set(range(slots)) - {slot for _, slot, _ in running.values()})
+                tqdm.write("$ " + " ".join(["python", *command[1:]]))
+                running[name] = subprocess.Popen(command, env=dict(env, REALS_BAR=str(slot))), slot, time.time()
+        time.sleep(0.1)
+        for name, (child, _, start) in list(running.items()):
+            if child.poll() is None:
+                continue
+            del running[name]
+            if child.returncode:
+                for other, _, _ in running.values():
+                    other.terminate()
+                sys.exit(child.returncode)
+            done.add(name)
+            timings.setdefault(name, round(time.time() - start, 1))
+            write_json(timings, path)
+
+
+def main(argv=None):
+    cfg = parse_arguments(argv)
+    if cfg.stage is None:
+        return chain(cfg, argv)
+    cfg = resolve(cfg, cfg.stage)
+    if cfg.batch_size % process()[2]:
+        stop(f"--batch-size {cfg.batch_size} is that of all processes: it does not divide by {process()[2]}")
+    if process()[2] > 1:
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    if torch.cuda.is_available():
+        torch.cuda.set_device(device_of_process())
+    try:
+        {"teacher": train_classifier, "evaluator": train_classifier, "vae": train_autoencoder, "align": train_autoencoder,
+         "latents": encode_latents, "sit": train_diffusion, "dit": train_diffusion, "report": report}[cfg.stage](cfg)
+    except DataError as error:
+        stop(str(error).splitlines()[-1].removeprefix("train.DataError: "))
+    if process()[2] > 1:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -63,6 +63,7 @@ class Config:
     out: str = None                  # the run's folder (default runs/NAME_OF_DATA)
     seed: int = 0
     image_size: int = None           # pixels a side
+    scenes: int = 20000              # built-in scenes to train on; a tenth as many are held out
     steps: int = None                # optimiser steps
     batch_size: int = None           # images a step, on all processes together
     lr: float = None                 # learning rate (its peak)
@@ -144,7 +145,7 @@ def resolve(cfg, stage):
     preset = PRESETS[cfg.preset][stage]
     filled = {k: preset[k] for k, v in dataclasses.asdict(cfg).items() if v is None and k in preset}
     cfg = dataclasses.replace(cfg, stage=stage, **filled)
-    for name in ("image_size", "steps", "batch_size", "log_every", "save_every"):
+    for name in ("image_size", "scenes", "steps", "batch_size", "log_every", "save_every"):
         if getattr(cfg, name) is not None and getattr(cfg, name) < 1:
             stop(f"--{name.replace('_', '-')} {getattr(cfg, name)}: want at least 1")
     if cfg.save_every % cfg.log_every:
@@ -318,14 +319,12 @@ class Scenes:
     """A fixed set of scenes in memory. Training scenes count up from 0, test scenes from 10^9."""
 
     classes, flip = SCENE_CLASSES, False                                         # more scenes rather than mirrored ones
-    COUNT = {"train": 20000, "test": 2000}
 
-    def __init__(self, split, size, seed=0, description="drawing scenes"):
-        first, count = {"train": 0, "test": 10 ** 9}[split], self.COUNT[split]
-        with progress(count, description, "scene") as bar:
-            parts = []
+    def __init__(self, split, count, size):
+        first, parts = {"train": 0, "test": 10 ** 9}[split], []
+        with progress(count, f"drawing {split} scenes", "scene") as bar:
             for start in range(first, first + count, 1000):
-                parts.append(draw_scenes(seed, np.arange(start, min(start + 1000, first + count)), size))
+                parts.append(draw_scenes(0, np.arange(start, min(start + 1000, first + count)), size))
                 bar.update(len(parts[-1][0]))
         self.images, self.labels, self.segments, self.depth = (torch.cat(part) for part in zip(*parts))
 
@@ -422,7 +421,7 @@ class ImageFolder:
 def open_data(cfg, split):
     """The data set of cfg: built-in scenes, folder or .zip."""
     if cfg.data == "scenes":
-        return Scenes(split, cfg.image_size, description=f"{cfg.stage}: drawing {split} scenes")
+        return Scenes(split, cfg.scenes if split == "train" else max(1, cfg.scenes // 10), cfg.image_size)
     return ImageFolder(cfg.data, split, cfg.image_size)
 
 
@@ -528,7 +527,7 @@ def claim_folder(cfg, *names):
     """OUT/STAGE, with the stage's settings in settings.json: those of Config that `names` lists, beside the common ones.
     Stops where the folder holds a run with other settings."""
     folder = Path(cfg.out) / cfg.stage
-    common = ("stage", "data", "seed", "image_size", "steps", "batch_size")
+    common = ("stage", "data", "scenes", "seed", "image_size", "steps", "batch_size")
     settings = json.loads(json.dumps({name: getattr(cfg, name) for name in common + names}))
     path = folder / "settings.json"
     if path.is_file():

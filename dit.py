@@ -275,7 +275,10 @@ class GaussianDiffusion:
         self.timestep_map = np.array(sorted(steps))
         self.alphas_cumprod = alphas_cumprod[self.timestep_map]
         self.alphas_cumprod_prev = np.append(1.0, self.alphas_cumprod[:-1])
+        self.sqrt_alphas_cumprod = np.sqrt(self.alphas_cumprod)
+        self.sqrt_one_minus_alphas_cumprod = np.sqrt(1 - self.alphas_cumprod)
         self.betas = 1 - self.alphas_cumprod / self.alphas_cumprod_prev
+        self.log_betas = np.log(self.betas)
         # q(x_{t-1} | x_t, x_start) = N(coef1 x_start + coef2 x_t, posterior_variance)
         self.posterior_variance = self.betas * (1 - self.alphas_cumprod_prev) / (1 - self.alphas_cumprod)
         self.posterior_mean_coef1 = self.betas * np.sqrt(self.alphas_cumprod_prev) / (1 - self.alphas_cumprod)
@@ -284,18 +287,17 @@ class GaussianDiffusion:
         self.posterior_log_variance = np.log(np.append(self.posterior_variance[1:2], self.posterior_variance[1:]))
 
     def at(self, table, t, x):
-        """Entries t (N,) of a table, shaped to multiply x (N, C, H, W)."""
-        return torch.from_numpy(table).to(t.device)[t].to(x.dtype).view(-1, 1, 1, 1)
+        """Entries t (N,) of a table, shaped to multiply x (N, C, H, W); rounded to float32, as the official code does."""
+        return torch.from_numpy(table).float().to(t.device)[t].to(x.dtype).view(-1, 1, 1, 1)
 
     def q_sample(self, x_start, t, eps):
         """x_t of x_start at the steps t (N,) of this chain."""
-        alpha = self.at(self.alphas_cumprod, t, x_start)
-        return alpha.sqrt() * x_start + (1 - alpha).sqrt() * eps
+        return self.at(self.sqrt_alphas_cumprod, t, x_start) * x_start + self.at(self.sqrt_one_minus_alphas_cumprod, t, x_start) * eps
 
     def predict_x_start(self, x_t, t, eps):
         """x_start that x_t and its noise eps imply."""
-        alpha = self.at(self.alphas_cumprod, t, x_t)
-        return (x_t - (1 - alpha).sqrt() * eps) / alpha.sqrt()
+        return (self.at(1 / self.sqrt_alphas_cumprod, t, x_t) * x_t
+                - self.at(self.sqrt_one_minus_alphas_cumprod / self.sqrt_alphas_cumprod, t, x_t) * eps)
 
     def posterior_mean(self, x_start, x_t, t):
         """Mean of q(x_{t-1} | x_t, x_start)."""
@@ -303,7 +305,7 @@ class GaussianDiffusion:
 
     def log_variance(self, fraction, t, x_t):
         """The learned log variance: `fraction` in [-1, 1] (not clamped) goes from the posterior's to log beta."""
-        low, high = self.at(self.posterior_log_variance, t, x_t), self.at(np.log(self.betas), t, x_t)
+        low, high = self.at(self.posterior_log_variance, t, x_t), self.at(self.log_betas, t, x_t)
         return low + (fraction + 1) / 2 * (high - low)
 
 

@@ -57,9 +57,10 @@ def sheet(columns, scale=2, gap=2):
 
 
 def by_class(images, labels, num_classes, per_row):
-    """The first per_row images of every class: (classes, per_row, ...). Classes with fewer images are left out."""
-    rows = [torch.nonzero(labels == k).flatten()[:per_row] for k in range(num_classes)]
-    return images[torch.stack([r for r in rows if len(r) == per_row])]
+    """The first images of every class that has any, per_row of each or as many as the smallest has: (classes, row, ...)."""
+    counts = torch.bincount(labels, minlength=num_classes)[:num_classes]
+    per_row = min(per_row, int(counts[counts > 0].min()))
+    return images[torch.stack([torch.nonzero(labels == k).flatten()[:per_row] for k in range(num_classes) if counts[k]])]
 
 
 def save_picture(picture, path):
@@ -225,8 +226,8 @@ def main():
     with atomic_file(cfg.out) as file:
         np.savez(file, arr_0=images.permute(0, 2, 3, 1).numpy(), arr_1=labels.numpy())
     shown = min(model.num_classes, 10)
-    per_row = min(12, math.ceil(cfg.num / model.num_classes)) if cfg.num >= model.num_classes else 1
-    save_picture(sheet({f"samples, guidance {cfg.cfg_scale}": by_class(images, labels, shown, per_row)}), cfg.out.with_suffix(".png"))
+    title = f"samples, guidance {cfg.cfg_scale:g}"
+    save_picture(sheet({title: by_class(images, labels, shown, 12)}), cfg.out.with_suffix(".png"))
     print(f"{cfg.num} images in {cfg.out}, a picture of them in {cfg.out.with_suffix('.png')}")
     if cfg.tasks:
         path = cfg.out.with_name(cfg.out.stem + "-tasks.png")
@@ -236,7 +237,7 @@ def main():
 
 def task_sheet(tasks, images, latents, labels, num_classes, heads, task_heads, per_row=6):
     """Picture of images (N, 3, H, W) uint8 beside what the heads read off their latents (N, C, h, w), a row a class."""
-    rows = by_class(torch.arange(len(images)), labels, num_classes, min(per_row, len(images) // num_classes))
+    rows = by_class(torch.arange(len(images)), labels, num_classes, per_row)
     columns, flat, size = {"generated": images[rows]}, latents[rows.flatten()], images.shape[-1]
     with torch.no_grad():
         features, cls_token = heads.feature_map(flat), heads.class_token(flat)
@@ -246,7 +247,7 @@ def task_sheet(tasks, images, latents, labels, num_classes, heads, task_heads, p
         masks = align.colorize_mask(masks, task_heads[0].conv_seg.out_channels)
         columns["mask"] = masks.unflatten(0, rows.shape)
     if "depth" in tasks:
-        columns["depth"] = align.colorize_depth(depth).unflatten(0, rows.shape)
+        columns["depth"] = align.colorize_depth(depth, *task_heads[1].bins[[0, -1]]).unflatten(0, rows.shape)
     if "features" in tasks:
         rgb = F.interpolate(align.pca_rgb(features), size=(size, size), mode="nearest")
         columns["features (PCA)"] = rgb.unflatten(0, rows.shape)

@@ -1,4 +1,4 @@
-"""Train everything: autoencoder (plain or aligned), latents, SiT and DiT; or, without --stage, the whole system on built-in scenes.
+"""Train everything: autoencoder (plain or aligned), latents, SiT and DiT. Without --stage: all of it, on built-in scenes.
 
     python train.py                                                              all stages, then a report
     python train.py --stage align --data DIR_OR_ZIP --teacher runs/scenes/teacher --out runs/NAME
@@ -13,8 +13,8 @@
     sit, dit    latents                      a diffusion transformer: ema.safetensors, config.json
     report      all of these                 report.md and its pictures, in OUT
 
-Every stage stores settings.json, checkpoint.pt, log.jsonl, curves.png and goes on where it was stopped. All randomness is
-a function of (seed, step) or (seed, epoch, index). --batch-size is that of all processes together.
+Every stage stores settings.json, checkpoint.pt, log.jsonl, curves.png and goes on where it was stopped. Randomness is a
+function of (seed, step) or (seed, epoch, index). --batch-size is that of all processes together.
 """
 import argparse
 import dataclasses
@@ -59,7 +59,7 @@ class Config:
     """Every flag. A default of None means: from the row of PRESETS that fits --preset and --stage."""
     stage: str = None                # one of STAGES; without it all stages run one after the other
     preset: str = "small"            # small: 32 px, minutes on two CPU cores; paper: 256 px, SD's autoencoder, GPUs
-    data: str = "scenes"             # the built-in scenes, or a folder or .zip of class folders (train/CLASS, test/CLASS)
+    data: str = "scenes"             # the built-in scenes, or a folder or .zip with train/CLASS/* and test/CLASS/*
     out: str = None                  # the run's folder (default runs/NAME_OF_DATA)
     seed: int = 0
     image_size: int = None           # pixels a side
@@ -92,21 +92,21 @@ class Config:
     cfg_scale: float = None          # chain and report: guidance of the second set of samples
 
 
-SMALL = dict(image_size=32, log_every=25, save_every=250, warmup=50, decay=0.05, channels=(16, 32, 48), layers_per_block=1,
-             norm_groups=8, latent_channels=4, kl_weight=1e-6, perceptual_weight=0.0, disc_weight=0.0, disc_start=0,
-             align_weight=0.02, align_hidden=256, fold=1, pool=4, num_samples=2000, cfg_scale=1.5)
+SMALL = dict(image_size=32, log_every=25, save_every=250, warmup=50, decay=0.05,
+             channels=(8, 32, 48), layers_per_block=1, norm_groups=8, latent_channels=4, kl_weight=1e-6, perceptual_weight=0.0, disc_weight=0.0, disc_start=0,
+             align_weight=0.05, align_hidden=256, fold=1, pool=4, num_samples=2000, cfg_scale=1.5)
 PAPER = dict(image_size=256, log_every=100, save_every=5000, warmup=0, decay=1.0, channels=(128, 256, 512, 512),
              layers_per_block=2, norm_groups=32, latent_channels=4, kl_weight=1e-6, perceptual_weight=0.5, disc_weight=0.5,
              disc_start=20000, align_weight=0.1, align_hidden=2048, fold=2, pool=4, num_samples=50000, cfg_scale=1.5)
 PRESETS = {
     "small": {
-        "teacher": dict(SMALL, steps=450, batch_size=64, lr=2e-3),
-        "evaluator": dict(SMALL, steps=450, batch_size=64, lr=2e-3),
-        "vae": dict(SMALL, steps=1000, batch_size=32, lr=2e-3),
-        "align": dict(SMALL, steps=1000, batch_size=32, lr=2e-3),
+        "teacher": dict(SMALL, steps=600, batch_size=64, lr=2e-3),
+        "evaluator": dict(SMALL, steps=300, batch_size=64, lr=2e-3),
+        "vae": dict(SMALL, steps=1600, batch_size=16, lr=3e-3),
+        "align": dict(SMALL, steps=1600, batch_size=16, lr=3e-3),
         "latents": dict(SMALL, batch_size=256),
-        "sit": dict(SMALL, steps=1500, batch_size=64, lr=2e-3, ema=0.997, model="SiT-Ti/2"),
-        "dit": dict(SMALL, steps=1500, batch_size=64, lr=2e-3, ema=0.997, model="DiT-Ti/2"),
+        "sit": dict(SMALL, steps=2300, batch_size=64, lr=2e-3, ema=0.997, model="SiT-Ti/2"),
+        "dit": dict(SMALL, steps=2300, batch_size=64, lr=2e-3, ema=0.997, model="DiT-Ti/2"),
         "report": dict(SMALL, batch_size=256),
     },
     # the paper states the configuration of SiT and DiT (theirs, unchanged); the autoencoder's row is a choice of ours
@@ -159,7 +159,7 @@ def resolve(cfg, stage):
 SCENE_CLASSES = ("sphere", "cube", "cylinder", "cone", "torus", "octahedron", "star", "cross", "two spheres", "arch")
 SEGMENTS = ("sky", "ground") + SCENE_CLASSES
 NEAR, FAR = 2.0, 12.0                                                            # range of depth; the sky is at FAR
-HALF_HEIGHT = (0.92, 0.68, 0.92, 0.92, 0.95, 1.05, 0.85, 0.95, 0.5, 0.8)         # of each solid: it stands on the ground
+HALF_HEIGHT = (0.92, 0.68, 0.92, 0.92, 0.95, 1.05, 0.85, 0.95, 0.5, 0.8)         # of each solid, which stands on ground
 TURN = (math.pi, math.pi, math.pi, math.pi, 0.7, math.pi, 0.5, 0.7, 0.6, 0.6)    # largest turn about the vertical
 REACH = 1.3                                                                      # radius of a ball that holds any solid
 
@@ -167,7 +167,7 @@ REACH = 1.3                                                                     
 def scene_numbers(seed, index, count):
     """(N, count) numbers in [0, 1) that depend on (seed, index, column) alone: SplitMix64 of a counter, count <= 64."""
     x = index.astype(np.uint64)[:, None] * np.uint64(64) + np.arange(count, dtype=np.uint64)
-    x = (x + np.uint64(seed + 1) * np.uint64(0xD1342543DE82EF95)) * np.uint64(0x9E3779B97F4A7C15)
+    x = (x + np.array([seed + 1], np.uint64) * np.uint64(0xD1342543DE82EF95)) * np.uint64(0x9E3779B97F4A7C15)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     x ^= x >> np.uint64(31)
@@ -194,7 +194,7 @@ def solid_distance(label, x, y, z):
         return (((x * x + y * y).sqrt() - 0.68).square() + z * z).sqrt() - 0.27
     if name == "octahedron":
         return (x.abs() + y.abs() + z.abs() - 1.05) * 0.577
-    if name == "star":                        # five points: the plane folded into a tenth, cut by a line from tip to notch
+    if name == "star":                        # the plane folded into a tenth, cut by a line from tip to notch
         angle = (torch.remainder(torch.atan2(x, y) + math.pi / 5, 2 * math.pi / 5) - math.pi / 5).abs()
         edge = (x * x + y * y).sqrt() * (0.582 * angle.cos() + 0.847 * angle.sin()) - 0.612
         return torch.maximum(edge, z.abs() - 0.28)
@@ -214,7 +214,7 @@ def hsv(hue, saturation, value):
 
 
 def trace(label, origin, direction, t, end):
-    """Walk along R rays in the solid's own frame, from t to end: (which rays hit, where). Vectors are triples of (R,)."""
+    """Walk along R rays in the solid's own frame, from t to end: which rays hit, and where. Vectors are triples of (R,)."""
     live, hit, where = torch.arange(len(t)), torch.zeros(len(t), dtype=torch.bool), t.clone()
     for steps in (4, 4, 8, 32):                                                  # most rays need few: then drop them
         for _ in range(steps):
@@ -235,9 +235,9 @@ def draw_solid(label, u, size):
         return low + (high - low) * next(columns)
 
     # rays: the camera looks down by `pitch` at a point above the ground, five units away
-    pitch = draw(0.16, 0.34)
+    pitch = draw(0.2, 0.34)
     pixel = (torch.arange(size) + 0.5) / size * 2 - 1
-    a, b = 0.3 * pixel.repeat(size)[None], -0.3 * pixel.repeat_interleave(size)[None]
+    a, b = 0.27 * pixel.repeat(size)[None], -0.27 * pixel.repeat_interleave(size)[None]
     norm = (a * a + b * b + 1).rsqrt()
     dx, dy, dz = a * norm, (b * pitch.cos() - pitch.sin()) * norm, -(pitch.cos() + b * pitch.sin()) * norm
     dx = dx.expand_as(dy)
@@ -247,16 +247,16 @@ def draw_solid(label, u, size):
     hue = torch.where(draw() < 0.5, draw(0.53, 0.65), draw(0.0, 0.12))
     saturation, height = draw(0.3, 0.65), (dy * 2.5 + 0.4).clamp(0, 1)
     cloud = torch.sin(9 * dx + draw(0, 6.28)) * torch.sin(17 * dy + draw(0, 6.28))
-    sky = hsv(hue, saturation * (0.3 + 0.7 * height), 0.95 - 0.12 * height) + 0.1 * cloud.clamp(min=0)
+    sky = hsv(hue, saturation * (0.3 + 0.7 * height), 0.95 - 0.12 * height) + 0.06 * cloud.clamp(min=0)
 
     # ground: tiles that fade into the horizon, and the shadow of the solid
-    light_turn = draw(-1.1, 1.1)
+    light_turn = draw(-0.9, 0.9)
     lx, ly, lz = 0.66 * light_turn.sin(), 0.75, 0.66 * light_turn.cos()          # towards the light
-    scale, px, pz = draw(0.8, 1.05), draw(-0.25, 0.25), draw(-0.3, 0.3)
+    scale, px, pz = draw(0.85, 1.05), draw(-0.16, 0.16), draw(-0.2, 0.2)
     to_ground = torch.where(dy < -1e-3, -eye_y / dy.clamp(max=-1e-3), 1e9)
     gx, gz, far = to_ground * dx, eye_z + to_ground * dz, (to_ground / FAR).clamp(max=1)
     tile = (torch.sin(2.2 * gx + draw(0, 6.28)) * torch.sin(2.2 * gz + draw(0, 6.28))).sign()
-    ground = hsv(draw(), draw(0.15, 0.5), draw(0.35, 0.65) * (1 + 0.12 * tile * (1 - far)))
+    ground = hsv(draw(0.05, 0.45), draw(0.15, 0.45), draw(0.4, 0.65) * (1 + 0.08 * tile * (1 - far)))
     shadow = ((gx - px + 0.5 * scale * lx).square() + (gz - pz + 0.5 * scale * lz).square()) / (0.8 * scale).square()
     ground = ground * (1 - 0.55 * torch.exp(-shadow))
     horizon = hsv(hue, saturation * 0.3, torch.full_like(hue, 0.95))
@@ -292,16 +292,16 @@ def draw_solid(label, u, size):
                           solid_distance(label, x, y, z + e) - solid_distance(label, x, y, z - e)])
     normal = F.normalize(normal, dim=0)
     lamp = (normal * torch.stack(light)).sum(0).clamp(min=0)
-    stripes = torch.sin(5 * (draw(-1, 1)[row, 0] * x + y + draw(-1, 1)[row, 0] * z) + draw(0, 6.28)[row, 0]).sign()
-    color = hsv(draw(), draw(0.55, 0.95), torch.ones_like(scale))[:, row, 0] * (1 + draw(0, 0.25)[row, 0] * stripes)
+    stripes = torch.sin(4 * (draw(-1, 1)[row, 0] * x + y + draw(-1, 1)[row, 0] * z) + draw(0, 6.28)[row, 0]).sign()
+    color = hsv(draw(), draw(0.55, 0.95), torch.ones_like(scale))[:, row, 0] * (1 + draw(0, 0.2)[row, 0] * stripes)
     image[:, row, ray] = color * (0.42 + 0.13 * normal[1] + 0.75 * lamp) + 0.25 * lamp ** 12
     depth[row, ray], segments[row, ray] = t * scale[row, 0], 2 + label
     return image.clamp(0, 1), segments, depth
 
 
 def draw_scenes(seed, index, size=32):
-    """Scenes number `index` (N,) of a seed: images (N, 3, size, size) uint8, labels (N,), segments (N, size, size) uint8
-    and depth (N, size, size) float32. The label is index mod 10; all depends on (seed, index) alone."""
+    """Scenes number `index` (N,) of a seed, functions of (seed, index) alone: images (N, 3, size, size) uint8, labels (N,),
+    which are index mod 10, segments (N, size, size) uint8 and depth (N, size, size) float32."""
     index = np.asarray(index)
     u, labels = scene_numbers(seed, index, 24), torch.from_numpy(index % 10)
     images = torch.empty(len(index), 3, size, size, dtype=torch.uint8)
@@ -332,7 +332,7 @@ class Scenes:
         return len(self.images)
 
     def __getitems__(self, keys):
-        """keys: list of (index, flip) -> images (N, 3, H, W) uint8, labels (N,), segments (N, H, W), depth (N, H, W)."""
+        """keys: list of (index, flip) -> images (N, 3, H, W) uint8, labels (N,), segments and depth (N, H, W)."""
         index = torch.tensor([i for i, _ in keys])
         return self.images[index], self.labels[index], self.segments[index], self.depth[index]
 
@@ -645,39 +645,45 @@ def finished(folder, name, cfg):
     return False
 
 
+LOGARITHMIC = ("mse", "kl", "lpips", "loss", "class_loss", "segment_loss", "depth_loss", "align")
+
+
 def plot(panels, size=(300, 200), per_row=3):
-    """Curves as a PIL image: {panel: {curve: [(x, y), ...]}}. Axes are linear, or logarithmic in y over a factor of 20."""
+    """Curves over steps as a PIL image: {panel: {curve: [(step, value), ...]}}; panels in LOGARITHMIC have that scale."""
     colors = ((31, 119, 180), (214, 39, 40), (44, 160, 44), (148, 103, 189))
+    names = sorted({name for curves in panels.values() for name in curves}, reverse=True)
     font, (width, height) = ImageFont.load_default(11), size
-    columns = min(per_row, len(panels))
-    canvas = Image.new("RGB", (columns * width, math.ceil(len(panels) / per_row) * height), "white")
+    rows = math.ceil(len(panels) / per_row)
+    canvas = Image.new("RGB", (min(per_row, len(panels)) * width, rows * height), "white")
     draw = ImageDraw.Draw(canvas)
     for number, (title, curves) in enumerate(panels.items()):
-        left, top = (number % per_row) * width + 52, (number // per_row) * height + 22
+        left, top = number % per_row * width + 52, number // per_row * height + 22
         right, bottom = left + width - 66, top + height - 48
         xs, ys = zip(*[point for points in curves.values() for point in points])
-        low, high = min(ys), max(ys)
-        logarithmic = low > 0 and high / low > 20
+        logarithmic = title in LOGARITHMIC and min(ys) > 0
         scale = math.log10 if logarithmic else float
-        low, high = scale(low), scale(high)
+        low, high = scale(min(ys)), scale(max(ys))
         low, high = (low - 0.5, high + 0.5) if high == low else (low, high)
 
         def place(x, y):
-            return (left + (right - left) * x / max(xs), bottom - (bottom - top) * (scale(y) - low) / (high - low))
+            return left + (right - left) * x / max(xs), bottom - (bottom - top) * (scale(y) - low) / (high - low)
 
-        draw.text((left, top - 18), title + (" (logarithmic)" if logarithmic else ""), fill="black", font=font)
+        draw.text((left, top - 18), title + (", logarithmic" if logarithmic else ""), fill="black", font=font)
         for i in range(5):
-            value = low + (high - low) * i / 4
-            y, label = bottom - (bottom - top) * i / 4, f"{10 ** value if logarithmic else value:.3g}"
+            value, y = low + (high - low) * i / 4, bottom - (bottom - top) * i / 4
+            label = f"{10 ** value if logarithmic else value:.3g}"
             draw.line((left, y, right, y), fill=(225, 225, 225))
             draw.text((left - 5 - font.getlength(label), y - 7), label, fill=(80, 80, 80), font=font)
         for x in (0, max(xs) // 2, max(xs)):
-            px = left + (right - left) * x / max(xs)
-            draw.text((px - font.getlength(str(x)) / 2, bottom + 3), str(x), fill=(80, 80, 80), font=font)
-        for i, (name, points) in enumerate(curves.items()):
-            draw.line([place(x, y) for x, y in points], fill=colors[i % len(colors)], width=2)
-            if len(curves) > 1:
-                draw.text((right - 60, top + 2 + 13 * i), name, fill=colors[i % len(colors)], font=font)
+            label = f"{x} steps" if x == max(xs) else str(x)
+            draw.text((place(x, ys[0])[0] - font.getlength(str(x)) / 2, bottom + 3), label, fill=(80, 80, 80), font=font)
+        heights = [place(x, y)[1] for points in curves.values() for x, y in points if x > max(xs) / 2]
+        legend = top + 2 if sum(heights) / max(1, len(heights)) > (top + bottom) / 2 else bottom - 30
+        for i, (name, points) in enumerate(sorted(curves.items(), reverse=True)):
+            color = colors[names.index(name) % len(colors)]
+            draw.line([place(x, y) for x, y in points], fill=color, width=2)
+            if len(names) > 1:
+                draw.text((right - 60, legend + 13 * i), name, fill=color, font=font)
     return canvas
 
 
@@ -693,7 +699,7 @@ class Teacher(nn.Module):
         self.dinov2 = align.DINOv2(**self.config)
         self.classifier = nn.Linear(2 * embed_dim, num_classes)
         self.head_config = dict(segmentation=dict(embed_dim=embed_dim, num_classes=len(SEGMENTS)),
-                                depth=dict(embed_dim=embed_dim, min_depth=NEAR, max_depth=FAR))
+                                depth=dict(embed_dim=embed_dim, min_depth=NEAR, max_depth=FAR, num_bins=32))
         self.segmentation = align.SegmentationHead(**self.head_config["segmentation"]) if dense else None
         self.depth = align.DepthHead(**self.head_config["depth"]) if dense else None
 
@@ -1112,7 +1118,7 @@ def report(cfg):
         for path in (autoencoder_folder(arm) / "config.json", arm / "latents" / "meta.json", arm / "samples.npz"):
             if not path.is_file():
                 stop(f"{path} not found: python train.py --out {out} makes what the report compares")
-    test, train = open_data(cfg, "test"), open_data(cfg, "train")
+    test, train = open_data(cfg, "test"), open_data(dataclasses.replace(cfg, scenes=min(cfg.scenes, 8000)), "train")
     dense, num_classes = cfg.data == "scenes", len(test.classes)
     teacher, evaluator = load_teacher(out / "teacher").to(device), Evaluator(num_classes).to(device)
     evaluator.load_state_dict(load_weights(out / "evaluator" / "evaluator.safetensors"))
@@ -1135,7 +1141,8 @@ def report(cfg):
         folder = autoencoder_folder(arm)
         autoencoder = load_autoencoder(folder).to(device)
         z_test = in_batches(lambda b: autoencoder.encode(b).latent_dist.mean, x_test)
-        z_train = in_batches(lambda b: autoencoder.encode(b).latent_dist.mean, x_train)
+        moments, _ = Latents(dataclasses.replace(cfg, out=str(arm)), folder).__getitems__([(i, False) for i in subset.tolist()])
+        z_train = moments.chunk(2, dim=1)[0].to(device)
         rec = in_batches(lambda b: autoencoder.decode(b).sample.clamp(-1, 1), z_test)
         if (folder / "heads.safetensors").is_file():
             heads = load_heads(folder).to(device)
@@ -1211,8 +1218,7 @@ def draw_report(cfg, out, test, labels, pictures, masks, truth):
             for line in map(json.loads, (out / name / stage / "log.jsonl").read_text().splitlines()):
                 for key in ("mse", "kl", "cos_patch", "cos_cls", "loss"):
                     if key in line:
-                        title = {"loss": "flow-matching loss", "mse": "autoencoder: mse", "kl": "autoencoder: KL"}.get(key, key)
-                        curves.setdefault(title, {}).setdefault(name, []).append((line["step"], line[key]))
+                        curves.setdefault(key, {}).setdefault(name, []).append((line["step"], line[key]))
     save_picture(plot(curves), out / "curves.png")
 
 

@@ -5,9 +5,9 @@
     cls   = MLPcls(pool(z))         (N, D)
     L_align = d(patch, patch*) + d(cls, cls*)                   d = w_cos (1 - cosine) + w_l1 smooth_l1
 
-Method: "Exploring Representation-Aligned Latent Space for Better Generation", arXiv 2502.00359. The paper does not state
-d, its weights, the widths of the MLPs or the pooling: those are choices of this file. DINOv2 is Oquab et al., arXiv
-2304.07193, with four registers Darcet et al., arXiv 2309.16588. Parameter names are the official ones.
+Method: "Exploring Representation-Aligned Latent Space for Better Generation", arXiv 2502.00359. d, its weights, the
+widths of the MLPs and the pooling are choices of this file: the paper's README does not state them. DINOv2 is Oquab et
+al., arXiv 2304.07193; with registers, Darcet et al., arXiv 2309.16588. Parameter names are the official ones.
 
     x (N, 3, H, W) images in [-1, 1]     T tokens of width D on a grid (gh, gw), row by row
 
@@ -22,7 +22,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)       # what DINOv2's images are normalised by
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)       # DINOv2's images are normalised so
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -106,8 +106,8 @@ class Block(nn.Module):
 
 
 class DINOv2(nn.Module):
-    """The vision transformer of DINOv2, official names. ViT-S/14 is DINOv2(384, 12, 6), B (768, 12, 12), L (1024, 24, 16),
-    g (1536, 40, 24, ffn="swiglu"). Position embeddings are made for img_size and interpolated for other sizes.
+    """The vision transformer of DINOv2, official names. ViT-S/14 is DINOv2(384, 12, 6), B (768, 12, 12), L (1024, 24,
+    16), g (1536, 40, 24, ffn="swiglu"). Position embeddings are made for img_size and interpolated for other sizes.
 
     Images come normalised by IMAGENET_MEAN and IMAGENET_STD, their sides multiples of patch_size; see `teacher_input`.
     """
@@ -167,7 +167,7 @@ class DINOv2(nn.Module):
 
 
 def teacher_input(x, size):
-    """Images (N, 3, H, W) in [-1, 1] -> (N, 3, size, size) as DINOv2 expects them: ImageNet statistics, bicubic resize."""
+    """Images (N, 3, H, W) in [-1, 1] -> (N, 3, size, size) as DINOv2 wants them: ImageNet statistics, bicubic."""
     mean, std = (x.new_tensor(v).view(1, 3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
     x = ((x + 1) / 2 - mean) / std
     if x.shape[-2:] == (size, size):
@@ -195,7 +195,8 @@ class AlignmentHeads(nn.Module):
 
     def __init__(self, latent_channels=4, embed_dim=1024, hidden_dim=2048, fold=2, pool=4):
         super().__init__()
-        self.config = dict(latent_channels=latent_channels, embed_dim=embed_dim, hidden_dim=hidden_dim, fold=fold, pool=pool)
+        self.config = dict(latent_channels=latent_channels, embed_dim=embed_dim, hidden_dim=hidden_dim, fold=fold,
+                           pool=pool)
         self.fold, self.pool = fold, pool
         self.mlp_patch = mlp(latent_channels * fold * fold, hidden_dim, embed_dim)
         self.mlp_cls = mlp(latent_channels * pool * pool, hidden_dim, embed_dim)
@@ -209,7 +210,7 @@ class AlignmentHeads(nn.Module):
         Raises ValueError where h or w is not a multiple of fold.
         """
         if z.shape[2] % self.fold or z.shape[3] % self.fold:
-            raise ValueError(f"a latent of {z.shape[2]} x {z.shape[3]} cells does not fold by {self.fold}: choose fold 1")
+            raise ValueError(f"a latent of {z.shape[2]} x {z.shape[3]} does not fold by {self.fold}: choose fold 1")
         cells = F.pixel_unshuffle(z, self.fold).flatten(2).transpose(1, 2)       # (N, T, C fold^2)
         pooled = F.adaptive_avg_pool2d(z, self.pool).flatten(1)                  # (N, C pool^2)
         return self.mlp_patch(cells), self.mlp_cls(pooled)
@@ -236,7 +237,8 @@ class AlignmentHeads(nn.Module):
         return self(z)[1] * self.cls_std + self.cls_mean
 
 
-def align_loss(patch, cls, patch_target, cls_target, cosine_weight=1.0, l1_weight=0.1, patch_weight=1.0, cls_weight=1.0):
+def align_loss(patch, cls, patch_target, cls_target, cosine_weight=1.0, l1_weight=0.1, patch_weight=1.0,
+               cls_weight=1.0):
     """L_align and a dict of its parts (detached): cos_patch and cos_cls are cosine similarities, l1_* smooth L1 losses.
 
     patch and patch_target (N, T, D), cls and cls_target (N, D); averaged over batch and positions. The targets carry no
@@ -279,7 +281,7 @@ class DepthHead(nn.Module):
 
     def forward(self, features, cls_token):
         x = torch.cat([features, cls_token[:, :, None, None].expand_as(features)], dim=1)
-        # the official head resizes before its convolution; a 1 x 1 convolution gives the same after it, 16 times cheaper
+        # the official head resizes before its convolution: 1 x 1, so the order is free, and this one 16 times cheaper
         logits = F.interpolate(self.conv_depth(x), scale_factor=4, mode="bilinear", align_corners=False)
         p = F.relu(logits) + 0.1
         return torch.einsum("nkhw,k->nhw", p / p.sum(dim=1, keepdim=True), self.bins)[:, None]
@@ -289,14 +291,14 @@ class DepthHead(nn.Module):
 # Pictures
 
 def pca_rgb(features):
-    """Features (N, D, gh, gw) -> (N, 3, gh, gw) in [0, 1]: their first three principal components, over all N, as colours."""
+    """Features (N, D, gh, gw) -> (N, 3, gh, gw) in [0, 1]: first three principal components over all N as colours."""
     N, D, gh, gw = features.shape
     x = features.permute(0, 2, 3, 1).reshape(-1, D).double()
     x = x - x.mean(0)
     components = torch.linalg.eigh(x.T @ x)[1][:, -3:].flip(1)                   # (D, 3), largest variance first
-    components = components * components.sum(0).sign()                           # eigenvectors have no sign of their own
-    x = x @ components
-    low, high = torch.quantile(x[:: max(1, len(x) // 100000)], torch.tensor([0.01, 0.99], dtype=x.dtype, device=x.device), dim=0)
+    x = x @ (components * components.sum(0).sign())                              # an eigenvector has no sign of its own
+    x_sorted = x.sort(dim=0).values
+    low, high = x_sorted[len(x) // 100], x_sorted[-1 - len(x) // 100]            # the outer hundredths are cut
     x = ((x - low) / (high - low).clamp(min=1e-12)).clamp(0, 1)
     return x.float().reshape(N, gh, gw, 3).permute(0, 3, 1, 2)
 
@@ -312,11 +314,11 @@ def colorize_mask(mask, num_classes):
 
 
 def colorize_depth(depth, near=None, far=None):
-    """Depth (N, H, W) -> (N, 3, H, W) in [0, 1]: near is bright yellow, far is dark violet. Range of the data by default."""
+    """Depth (N, H, W) -> (N, 3, H, W) in [0, 1]: near is yellow, far is violet; the range is the data's by default."""
     near = depth.min() if near is None else near
     far = depth.max() if far is None else far
-    anchors = torch.tensor([[0.99, 0.91, 0.14], [0.37, 0.79, 0.38], [0.13, 0.57, 0.55], [0.23, 0.32, 0.55], [0.27, 0.0, 0.33]],
-                           device=depth.device)                                  # five colours of the viridis scale
+    anchors = torch.tensor([[0.99, 0.91, 0.14], [0.37, 0.79, 0.38], [0.13, 0.57, 0.55], [0.23, 0.32, 0.55],
+                            [0.27, 0.0, 0.33]], device=depth.device)             # five colours of the viridis scale
     position = ((depth - near) / (far - near)).clamp(0, 1) * (len(anchors) - 1)
     low = position.floor().long().clamp(max=len(anchors) - 2)
     share = (position - low).unsqueeze(-1)

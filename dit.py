@@ -1,4 +1,4 @@
-"""DiT: a transformer that learns the noise in a latent and the variance of a denoising step, and its DDPM and DDIM samplers.
+"""DiT: a transformer that learns the noise in a latent and the variance of a step back, and DDPM and DDIM samplers.
 
     q(x_t | x_start):  x_t = sqrt(alphas_cumprod_t) x_start + sqrt(1 - alphas_cumprod_t) eps     t = 0 .. T - 1
     t = 0 is (almost) data, t = T - 1 is noise: the reverse of sit.py
@@ -126,7 +126,7 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and MLP on x (N, T, D); c (N, D) sets the shift and scale of their norms and the gate of their output."""
+    """Attention and MLP on x (N, T, D); c (N, D) sets shift and scale of their norms and the gate of their output."""
 
     def __init__(self, hidden_size, num_heads, mlp_ratio):
         super().__init__()
@@ -206,7 +206,7 @@ def size_arguments(name, family):
 
 
 def guided(model, x, t, y, noise_level, cfg_scale, cfg_interval, cfg_channels):
-    """Classifier-free guidance: uncond + cfg_scale (cond - uncond) on the first cfg_channels channels (None: all of x's).
+    """Classifier-free guidance, uncond + cfg_scale (cond - uncond), on the first cfg_channels channels (None: all).
 
     Outside cfg_interval = (low, high) of the noise level (1 is noise, 0 is data, both ends included) and at scale 1 the
     conditional output is the result and only it is computed. The official samplers guide three channels; so does
@@ -287,12 +287,13 @@ class GaussianDiffusion:
         self.posterior_log_variance = np.log(np.append(self.posterior_variance[1:2], self.posterior_variance[1:]))
 
     def at(self, table, t, x):
-        """Entries t (N,) of a table, shaped to multiply x (N, C, H, W); rounded to float32, as the official code does."""
+        """Entries t (N,) of a table, shaped to multiply x (N, C, H, W); rounded to float32 as in the official code."""
         return torch.from_numpy(table).float().to(t.device)[t].to(x.dtype).view(-1, 1, 1, 1)
 
     def q_sample(self, x_start, t, eps):
         """x_t of x_start at the steps t (N,) of this chain."""
-        return self.at(self.sqrt_alphas_cumprod, t, x_start) * x_start + self.at(self.sqrt_one_minus_alphas_cumprod, t, x_start) * eps
+        return (self.at(self.sqrt_alphas_cumprod, t, x_start) * x_start
+                + self.at(self.sqrt_one_minus_alphas_cumprod, t, x_start) * eps)
 
     def predict_x_start(self, x_t, t, eps):
         """x_start that x_t and its noise eps imply."""

@@ -11,7 +11,7 @@ import numpy as np
 
 
 def feature_statistics(feats):
-    """feats (N, D) -> float64 mean (D,) and covariance (D, D) with N - 1 in the denominator. Raises ValueError for N < 2."""
+    """feats (N, D) -> float64 mean (D,) and covariance (D, D), denominator N - 1. Raises ValueError for N < 2."""
     feats = np.asarray(feats, dtype=np.float64)
     if feats.ndim != 2 or len(feats) < 2:
         raise ValueError(f"features have shape {feats.shape}: want (N, D) with at least two rows")
@@ -21,8 +21,8 @@ def feature_statistics(feats):
 def frechet_distance(mu1, sigma1, mu2, sigma2):
     """Squared Frechet distance of two Gaussians with means (D,) and covariances (D, D); finite and never negative.
 
-    tr((sigma1 sigma2)^(1/2)) is the sum of the singular values of sigma1^(1/2) sigma2^(1/2), which needs symmetric roots
-    only: they exist for covariances of any rank, unlike the root of the product. Raises ValueError for other shapes.
+    tr((sigma1 sigma2)^(1/2)) is the sum of the singular values of sigma1^(1/2) sigma2^(1/2): symmetric roots, which
+    exist for covariances of any rank, unlike the root of the product. Raises ValueError for other shapes.
     """
     mu1, mu2, sigma1, sigma2 = (np.asarray(a, dtype=np.float64) for a in (mu1, mu2, sigma1, sigma2))
     if mu1.ndim != 1 or mu1.shape != mu2.shape or not sigma1.shape == sigma2.shape == mu1.shape * 2:

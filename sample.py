@@ -1,10 +1,10 @@
-"""Sample a trained run: images in ADM's .npz, a picture of them, and masks, depth and features of the generated latents.
+"""Sample a trained run: images in ADM's .npz and a picture; masks, depth and features of the generated latents.
 
-    python sample.py --run runs/scenes/aligned --num 2000 --out samples.npz --cfg-scale 1.5 --tasks segmentation depth features
+    python sample.py --run runs/scenes/aligned --num 60 --out samples.npz --tasks segmentation depth features
     torchrun --nproc_per_node=8 sample.py --run runs/NAME --num 50000 --out samples.npz
 
-Image i has label i mod num_classes and noise that depends on (seed, i) alone: it is the same in any batch, on any number
-of processes. samples.npz holds arr_0 (N, H, W, 3) uint8 and arr_1 (N,) labels; samples.png shows the first of each class.
+Image i has label i mod num_classes and noise that depends on (seed, i) alone: it is the same in any batch, on any
+number of processes. samples.npz holds arr_0 (N, H, W, 3) uint8 and arr_1 (N,) labels; samples.png shows some of them.
 """
 import argparse
 import json
@@ -34,7 +34,7 @@ def to_uint8(x):
 
 
 def sheet(columns, scale=2, gap=2):
-    """One picture from columns of equal height: {title: images (rows, per_row, 3, H, W) uint8 or in [0, 1]} -> PIL image."""
+    """PIL image of columns side by side: {title: images (rows, per_row, 3, H, W), uint8 or in [0, 1]}."""
     font, parts = ImageFont.load_default(13), []
     for title, images in columns.items():
         if images.dtype != torch.uint8:
@@ -48,7 +48,8 @@ def sheet(columns, scale=2, gap=2):
         part.paste(picture, (0, 20))
         ImageDraw.Draw(part).text((2, 2), title, fill="black", font=font)
         parts.append(part)
-    canvas = Image.new("RGB", (sum(p.width for p in parts) + 12 * (len(parts) - 1), max(p.height for p in parts)), "white")
+    width, height = sum(p.width for p in parts) + 12 * (len(parts) - 1), max(p.height for p in parts)
+    canvas = Image.new("RGB", (width, height), "white")
     left = 0
     for part in parts:
         canvas.paste(part, (left, 0))
@@ -57,10 +58,11 @@ def sheet(columns, scale=2, gap=2):
 
 
 def by_class(images, labels, num_classes, per_row):
-    """The first images of every class that has any, per_row of each or as many as the smallest has: (classes, row, ...)."""
+    """The first images of every class that has any, per_row or as many as the smallest has: (classes, row, ...)."""
     counts = torch.bincount(labels, minlength=num_classes)[:num_classes]
     per_row = min(per_row, int(counts[counts > 0].min()))
-    return images[torch.stack([torch.nonzero(labels == k).flatten()[:per_row] for k in range(num_classes) if counts[k]])]
+    rows = [torch.nonzero(labels == k).flatten()[:per_row] for k in range(num_classes) if counts[k]]
+    return images[torch.stack(rows)]
 
 
 def save_picture(picture, path):
@@ -160,13 +162,13 @@ def generate(module, model, vae, indices, labels, seed, device, **options):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--run", type=Path, required=True, help="folder of a run: its autoencoder and its stage sit or dit")
+    parser.add_argument("--run", type=Path, required=True, help="folder of a run: autoencoder and stage sit or dit")
     parser.add_argument("--family", choices=sorted(FAMILIES), default="sit", help="which diffusion model of the run")
     parser.add_argument("--out", type=Path, required=True, help="the .npz to write; pictures go beside it")
     parser.add_argument("--num", type=int, default=100, help="number of images")
     parser.add_argument("--batch-size", type=int, default=100, help="images at once on a process")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--sampler", default=None, help="euler, heun (SiT, default heun); ddpm, ddim (DiT, default ddpm)")
+    parser.add_argument("--sampler", help="SiT: euler, heun (default heun); DiT: ddpm, ddim (default ddpm)")
     parser.add_argument("--num-steps", type=int, default=50, help="steps of the sampler")
     parser.add_argument("--cfg-scale", type=float, default=1.0, help="guidance; 1 is none")
     parser.add_argument("--cfg-interval", type=float, nargs=2, default=(0.0, 1.0), metavar=("LOW", "HIGH"),
@@ -183,13 +185,17 @@ def main():
         stop(f"--out {cfg.out} exists: choose another name or delete it")
     if world_size > 1:
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
 
     module, model = load_diffusion(cfg.run, cfg.family)
     folder = autoencoder_folder(cfg.run)
     vae = load_autoencoder(folder)
     if vae.config["latent_channels"] != model.in_channels:
-        stop(f"{folder} has {vae.config['latent_channels']} latent channels, the model of {cfg.run / cfg.family} {model.in_channels}")
+        stop(f"{folder} has {vae.config['latent_channels']} latent channels, {cfg.run}/{cfg.family} "
+             f"{model.in_channels}: train the diffusion model on latents of this autoencoder")
     if cfg.tasks:
         heads = load_heads(folder).to(device)
         task_heads = load_task_heads(Path(json.loads((folder / "settings.json").read_text())["teacher"]))
@@ -206,7 +212,8 @@ def main():
     for start in range(0, len(mine), cfg.batch_size):
         indices = mine[start:start + cfg.batch_size]
         try:
-            z, x = generate(module, model, vae, indices, torch.tensor(indices) % model.num_classes, cfg.seed, device, **options)
+            labels = torch.tensor(indices) % model.num_classes
+            z, x = generate(module, model, vae, indices, labels, cfg.seed, device, **options)
         except ValueError as error:
             stop(error)
         images.append(to_uint8(x).cpu())

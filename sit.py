@@ -125,7 +125,7 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and MLP on x (N, T, D); c (N, D) sets the shift and scale of their norms and the gate of their output."""
+    """Attention and MLP on x (N, T, D); c (N, D) sets shift and scale of their norms and the gate of their output."""
 
     def __init__(self, hidden_size, num_heads, mlp_ratio):
         super().__init__()
@@ -205,7 +205,7 @@ def size_arguments(name, family):
 
 
 def guided(model, x, t, y, noise_level, cfg_scale, cfg_interval, cfg_channels):
-    """Classifier-free guidance: uncond + cfg_scale (cond - uncond) on the first cfg_channels channels (None: all of x's).
+    """Classifier-free guidance, uncond + cfg_scale (cond - uncond), on the first cfg_channels channels (None: all).
 
     Outside cfg_interval = (low, high) of the noise level (1 is noise, 0 is data, both ends included) and at scale 1 the
     conditional output is the result and only it is computed. The official samplers guide three channels; so does

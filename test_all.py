@@ -1,9 +1,7 @@
 """Every test. Figures in assets/reference.json come from the official code on the weights and inputs that `fill` and
-`array` make from names and seeds; `difference` says how far an output is from them, in units of their standard deviation.
+`array` make from names and seeds; `difference` is the distance of an output from them, in their standard deviations.
 """
-import contextlib
 import hashlib
-import io
 import json
 import os
 import shutil
@@ -65,11 +63,12 @@ def difference(x, expected):
     flat, scale = x.detach().double().reshape(-1), max(expected["std"], 1e-12)
     got = flat[torch.linspace(0, flat.numel() - 1, 10).round().long()].tolist()
     gaps = [abs(a - b) for a, b in zip(got, expected["probe"])]
-    return max(*gaps, abs(flat.mean().item() - expected["mean"]), abs(flat.std(unbiased=False).item() - expected["std"])) / scale
+    gaps += [abs(flat.mean().item() - expected["mean"]), abs(flat.std(unbiased=False).item() - expected["std"])]
+    return max(gaps) / scale
 
 
 def check(entry, outputs, float32=1e-4, float64=1e-6):
-    """Compare a dict of outputs with a reference entry: float64 figures if the outputs are float64, else float32 ones."""
+    """Compare outputs with a reference entry: with its float64 figures if they are float64, else its float32 ones."""
     for name, value in outputs.items():
         kind = "float64" if value.dtype == torch.float64 else "float32"
         gap = difference(value, REFERENCE[entry][name][kind])
@@ -88,8 +87,8 @@ def test_autoencoder_equals_diffusers_figures(entry, x, z):
         model, x_, z_ = model.to(dtype), array(*x).to(dtype), array(*z).to(dtype)
         with torch.no_grad():
             posterior = model.encode(x_).latent_dist
-            outputs = {"parameters": torch.cat([posterior.mean, posterior.logvar], 1), "decode_z": model.decode(z_).sample,
-                       "kl": posterior.kl()}
+            outputs = {"parameters": torch.cat([posterior.mean, posterior.logvar], 1), "kl": posterior.kl(),
+                       "decode_z": model.decode(z_).sample}
         check(entry, outputs)
 
 
@@ -113,7 +112,8 @@ def test_autoencoder_and_diffusers_read_each_others_folders(tmp_path):
         for other in (theirs, back):
             torch.testing.assert_close(other.encode(x).latent_dist.mean, z, rtol=1e-5, atol=1e-5)
             torch.testing.assert_close(other.decode(z).sample, ours.decode(z).sample, rtol=1e-5, atol=1e-5)
-    assert list(theirs.config.latents_std) == [1.0, 2.0, 3.0, 4.0] and back.config["latents_mean"] == [0.1, 0.2, 0.3, 0.4]
+    assert list(theirs.config.latents_std) == [1.0, 2.0, 3.0, 4.0]
+    assert back.config["latents_mean"] == [0.1, 0.2, 0.3, 0.4]
     torch.testing.assert_close(back.denormalize(back.normalize(z)), z)
     torch.testing.assert_close(back.normalize(z)[:, 1], (z[:, 1] - 0.2) / 2)
 
@@ -123,7 +123,8 @@ def test_safetensors_both_ways(tmp_path):
                "whole": torch.arange(4), "empty": torch.empty(0, 3), "scalar": torch.tensor(2.5)}
     vae.save_safetensors(tensors, tmp_path / "ours.safetensors")
     safetensors.torch.save_file(tensors, tmp_path / "theirs.safetensors", metadata={"format": "pt"})
-    for loaded in (safetensors.torch.load_file(tmp_path / "ours.safetensors"), vae.load_weights(tmp_path / "theirs.safetensors")):
+    for loaded in (safetensors.torch.load_file(tmp_path / "ours.safetensors"),
+                   vae.load_weights(tmp_path / "theirs.safetensors")):
         assert loaded.keys() == tensors.keys()
         assert all(torch.equal(loaded[k], tensors[k]) and loaded[k].dtype == tensors[k].dtype for k in tensors)
     whole = (tmp_path / "ours.safetensors").read_bytes()
@@ -136,8 +137,7 @@ def test_safetensors_both_ways(tmp_path):
 
 def test_losses_equal_official_figures():
     lpips = vae.LPIPS()
-    holder = nn.ModuleDict({"features": lpips.features})                         # torchvision's names: features.N.weight
-    fill(holder)
+    fill(nn.ModuleDict({"features": lpips.features}))                            # torchvision's names, features.N.weight
     for name, conv in lpips.features.items():
         conv.weight.data *= 2 ** 0.5
     for i, conv in enumerate(lpips.lin):
@@ -181,7 +181,7 @@ def test_one_step_moves_every_parameter():
     loss, _ = align.align_loss(*features, torch.randn(4, 64, 24), torch.randn(4, 24))
     (total + loss).backward()
     discriminator.zero_grad()
-    discriminator.main[-1].bias.data.fill_(0.95)                                 # some logits beyond the hinge, some not
+    discriminator.main[-1].bias.data.fill_(0.95)                                 # some logits beyond the hinge
     vae.hinge_d_loss(discriminator(x), discriminator(rec.detach())).backward()
     for module in (net, discriminator):
         for name, parameter in module.named_parameters():
@@ -241,7 +241,7 @@ def test_heads_put_every_token_at_its_place():
     heads = align.AlignmentHeads(latent_channels=4, embed_dim=16, hidden_dim=8, fold=2)
     z = torch.randn(1, 4, 8, 12)
     moved = z.clone()
-    moved[0, :, 5, 6] += 1                                                       # cell row 5, column 6: token row 2, column 3
+    moved[0, :, 5, 6] += 1                                                       # cell (5, 6) is in token (2, 3)
     changed = (heads.feature_map(moved) - heads.feature_map(z)).abs().sum(1)[0] > 1e-6
     assert changed.shape == (4, 6) and changed.nonzero().tolist() == [[2, 3]]
     with pytest.raises(ValueError, match="does not fold"):
@@ -334,7 +334,8 @@ def test_dit_losses_and_samplers_equal_official_figures():
     check("dit/training_losses", {"loss": dit.training_loss(model, x, y, t, eps)})
     y = torch.tensor([1, 4, 10])
     torch.manual_seed(439)
-    z = dit.sample(model, array((3, 4, 8, 8), 438).double(), y, "ddpm", 10, noise=lambda i: torch.randn(3, 4, 8, 8).double())
+    eps = array((3, 4, 8, 8), 438).double()
+    z = dit.sample(model, eps, y, "ddpm", 10, noise=lambda i: torch.randn(3, 4, 8, 8).double())
     check("dit/p_sample_loop/tiny/10/clip=False", {"final": z}, float64=1e-5)
     z = dit.sample(model, array((3, 4, 8, 8), 440).double(), y, "ddim", 10)
     check("dit/ddim_sample_loop/tiny/10/eta=0.0/clip=False", {"final": z}, float64=1e-5)
@@ -358,7 +359,7 @@ class Counting(nn.Module):
 def test_guidance_moves_away_from_the_unconditional_output():
     x, t, y = torch.zeros(5, 4, 2, 2), torch.zeros(5), torch.zeros(5, dtype=torch.long)
     out = sit.guided(Counting(), x, t, y, 0.5, 4.0, (0.0, 1.0), 3)
-    assert (out[:, :3] == 5).all() and (out[:, 3:] == 2).all()                   # 1 + 4 (2 - 1); the last stays conditional
+    assert (out[:, :3] == 5).all() and (out[:, 3:] == 2).all()                   # 1 + 4 (2 - 1); conditional
 
 
 @pytest.mark.parametrize("module, sampler", [(sit, "euler"), (sit, "heun"), (dit, "ddim")])
@@ -388,7 +389,7 @@ def test_euler_and_heun_are_exact_where_they_must_be():
     for steps in (1, 3, 10):
         torch.testing.assert_close(sit.sample(Field(0), eps, y, "euler", steps), eps + 3)
     field = Field(2)
-    out = sit.sample(field, eps, y, "heun", 10)                                  # exact but for the last step, an Euler step
+    out = sit.sample(field, eps, y, "heun", 10)                                  # the last step is Euler's
     torch.testing.assert_close(out, eps + 3 + 1 - 0.1 ** 2)
     assert len(field.times) == 19 and max(field.times) < 1
 
@@ -403,7 +404,8 @@ def test_dit_finds_a_single_point_from_its_exact_noise():
             return (x_t - alpha.sqrt() * x) / (1 - alpha).sqrt()
 
     for sampler, steps in (("ddpm", 50), ("ddim", 10), ("ddim", 1)):
-        z = dit.sample(Exact(), torch.randn(3, 4, 2, 2, dtype=torch.float64), torch.zeros(3, dtype=torch.long), sampler, steps)
+        eps, y = torch.randn(3, 4, 2, 2, dtype=torch.float64), torch.zeros(3, dtype=torch.long)
+        z = dit.sample(Exact(), eps, y, sampler, steps)
         torch.testing.assert_close(z, x.expand(3, -1, -1, -1), rtol=0, atol=1e-3)
 
 
@@ -468,7 +470,7 @@ def test_segments_and_depth_of_scenes_agree():
 
 
 def test_a_sphere_is_drawn_where_geometry_puts_it():
-    """The ray through a sphere's centre meets it at distance |eye - centre| - radius: the smallest depth on the solid."""
+    """The nearest point of a sphere is at distance |eye - centre| - radius: the smallest depth on the solid."""
     u = train.scene_numbers(0, np.arange(0, 400, 10), 24)
     _, segments, depth = train.draw_solid(0, u, 96)
     pitch = 0.2 + 0.14 * u[:, 0]
@@ -512,7 +514,8 @@ def zipped(root, path):
 
 def test_folder_and_zip_are_the_same_data(tmp_path):
     root = write_images(tmp_path / "images")
-    folder, archive = train.ImageFolder(root, "train", 32), train.ImageFolder(zipped(root, tmp_path / "x.zip"), "train", 32)
+    folder = train.ImageFolder(root, "train", 32)
+    archive = train.ImageFolder(zipped(root, tmp_path / "x.zip"), "train", 32)
     assert folder.classes == archive.classes == ("a_red", "b_blue") and len(folder) == 24
     keys = [(0, False), (23, True), (13, False)]
     for a, b in zip(folder.__getitems__(keys), archive.__getitems__(keys)):
@@ -585,7 +588,7 @@ def test_the_chain_writes_a_report_with_all_figures_and_pictures(whole):
 
 
 def test_the_chain_does_nothing_twice(whole):
-    files = {p: p.stat().st_mtime_ns for p in whole.rglob("*.safetensors")} | {p: p.stat().st_mtime_ns for p in whole.rglob("*.npz")}
+    files = {p: p.stat().st_mtime_ns for suffix in ("safetensors", "npz") for p in whole.rglob(f"*.{suffix}")}
     assert len(files) >= 10
     done = command("train.py", "--out", whole, "--steps", 6, "--num-samples", 20, *SMALL)
     assert "is done already" in done.stdout
@@ -595,7 +598,8 @@ def test_the_chain_does_nothing_twice(whole):
 def test_weights_of_a_run_are_in_published_formats(whole):
     theirs = diffusers.AutoencoderKL.from_pretrained(whole / "aligned" / "align")
     assert len(theirs.config.latents_std) == 4
-    assert set(torch.load(whole / "plain" / "sit" / "checkpoint.pt", weights_only=True)) == {"step", "net", "ema", "opt"}
+    checkpoint = torch.load(whole / "plain" / "sit" / "checkpoint.pt", weights_only=True)
+    assert set(checkpoint) == {"step", "net", "ema", "opt"} and checkpoint["step"] == 6
     module, model = sample.load_diffusion(whole / "plain", "sit")
     assert module is sit and model.num_classes == 10
 
@@ -624,7 +628,8 @@ def log_without_rates(path):
 
 def test_a_killed_stage_ends_like_one_that_ran_through(whole, tmp_path):
     through, killed = copy_of(whole, tmp_path / "a", "vae", "latents"), copy_of(whole, tmp_path / "b", "vae", "latents")
-    stage = ["--stage", "sit", "--scenes", "240", "--batch-size", "8", "--steps", "120", "--log-every", "5", "--save-every", "10"]
+    stage = ["--stage", "sit", "--scenes", "240", "--batch-size", "8", "--steps", "120", "--log-every", "5",
+             "--save-every", "10"]
     vae_of = ["--vae", str(whole / "plain" / "vae")]
     command("train.py", "--out", through, *stage, *vae_of)
     child = subprocess.Popen([sys.executable, "train.py", "--out", str(killed), *stage, *vae_of], cwd=HERE,
@@ -641,7 +646,7 @@ def test_a_killed_stage_ends_like_one_that_ran_through(whole, tmp_path):
     assert log_without_rates(through / "sit") == log_without_rates(killed / "sit")
     a, b = (torch.load(run / "sit" / "checkpoint.pt", weights_only=True) for run in (through, killed))
     for name, state in a["opt"]["state"].items():
-        assert all(torch.equal(torch.as_tensor(v), torch.as_tensor(b["opt"]["state"][name][k])) for k, v in state.items())
+        assert all(torch.equal(v, b["opt"]["state"][name][k]) for k, v in state.items())
 
 
 @pytest.mark.parametrize("stage, weights", [
@@ -669,8 +674,8 @@ def test_two_processes_encode_the_same_latents(whole, tmp_path):
 def test_a_sample_does_not_depend_on_its_batch_or_process(whole, tmp_path):
     arrays = []
     for name, size, processes in (("a", 12, 1), ("b", 5, 1), ("c", 3, 2)):
-        command("sample.py", "--run", whole / "plain", "--num", 12, "--batch-size", size, "--num-steps", 3, "--cfg-scale", 2,
-                "--out", tmp_path / f"{name}.npz", processes=processes)
+        command("sample.py", "--run", whole / "plain", "--num", 12, "--batch-size", size, "--num-steps", 3,
+                "--cfg-scale", 2, "--out", tmp_path / f"{name}.npz", processes=processes)
         arrays.append(np.load(tmp_path / f"{name}.npz"))
     for other in arrays[1:]:
         assert np.array_equal(arrays[0]["arr_1"], other["arr_1"])
@@ -686,7 +691,8 @@ def test_ddpm_noise_is_by_image_too(whole, tmp_path):
     images = []
     for size in (4, 3):
         path = tmp_path / f"{size}.npz"
-        command("sample.py", "--run", out, "--family", "dit", "--num", 4, "--batch-size", size, "--num-steps", 5, "--out", path)
+        command("sample.py", "--run", out, "--family", "dit", "--num", 4, "--batch-size", size, "--num-steps", 5,
+                "--out", path)
         images.append(np.load(path)["arr_0"].astype(int))
     assert np.abs(images[0] - images[1]).max() <= 1
 
@@ -749,13 +755,13 @@ def test_bad_data_is_refused(tmp_path, kind, says):
 
 def test_an_image_that_a_worker_cannot_read_is_one_line_too(tmp_path):
     data = broken_data(tmp_path, "broken image")
-    line = refused("train.py", "--stage", "vae", "--data", data, "--out", tmp_path / "run", "--steps", 2, "--workers", 1, *SMALL)
+    line = refused("train.py", "--stage", "vae", "--data", data, "--out", tmp_path / "run", "--workers", 1, *SMALL)
     assert "cannot be read" in line and "a_red" in line
 
 
 @pytest.mark.parametrize("words, says", [
-    (["--stage", "align"], "--stage teacher"), (["--stage", "latents"], "--stage vae"), (["--stage", "sit"], "--stage vae"),
-    (["--stage", "report"], "python train.py"), (["--stage", "nonsense"], "invalid choice"),
+    (["--stage", "align"], "--stage teacher"), (["--stage", "latents"], "--stage vae"),
+    (["--stage", "sit"], "--stage vae"), (["--stage", "report"], "python train.py"), (["--stage", "nonsense"], "invalid choice"),
     (["--stage", "vae", "--steps", "0"], "want at least 1"), (["--stage", "vae", "--channels", "9"], "norm_num_groups"),
     (["--preset", "paper", "--stage", "teacher"], "has no stage"),
     (["--stage", "vae", "--log-every", "7"], "multiple of"),
@@ -777,14 +783,16 @@ def test_missing_and_foreign_inputs_are_refused(whole, tmp_path):
     assert "choose another --out" in refused("train.py", "--out", whole, "--steps", 7)
     assert "--stage sit" in refused("sample.py", "--run", tmp_path, "--out", tmp_path / "x.npz")
     assert "exists" in refused("sample.py", "--run", whole / "plain", "--out", whole / "plain" / "samples.npz")
-    assert "at least one" in refused("sample.py", "--run", whole / "plain", "--num", 0, "--out", tmp_path / "x.npz")
-    assert "not known to SiT" in refused("sample.py", "--run", whole / "plain", "--num", 2, "--sampler", "ddpm", "--out", tmp_path / "x.npz")
-    assert "stage align" in refused("sample.py", "--run", whole / "plain", "--num", 2, "--tasks", "features", "--out", tmp_path / "x.npz")
+    words = ["sample.py", "--run", whole / "plain", "--out", tmp_path / "x.npz", "--num"]
+    assert "at least one" in refused(*words, 0)
+    assert "not known to SiT" in refused(*words, 2, "--sampler", "ddpm")
+    assert "stage align" in refused(*words, 2, "--tasks", "features")
     assert not (tmp_path / "x.npz").exists()
 
 
 def test_a_batch_that_does_not_divide_is_refused(tmp_path):
-    done = command("train.py", "--stage", "vae", "--out", tmp_path, "--batch-size", 3, "--scenes", 20, processes=2, check=False)
+    words = ["train.py", "--stage", "vae", "--out", tmp_path, "--batch-size", 3, "--scenes", 20]
+    done = command(*words, processes=2, check=False)
     assert done.returncode != 0 and "does not divide by 2" in done.stderr
 
 
@@ -801,5 +809,5 @@ def test_a_file_stands_alone(tmp_path, name):
 
 def test_ci_runs_what_the_readme_says():
     readme, ci = (HERE / "README.md").read_text(), (HERE / ".ci" / "run").read_text()
-    commands = [line.strip() for line in readme.splitlines() if line.strip().startswith("pip install -r requirements.txt")]
+    commands = [line for line in readme.splitlines() if line.startswith("pip install -r requirements.txt")]
     assert len(commands) == 2 and commands[1] in ci and commands[0].endswith("&& python train.py")

@@ -1,4 +1,4 @@
-"""Train everything: autoencoder (plain or aligned), latents, SiT and DiT. Without --stage: all of it, on built-in scenes.
+"""Train everything: autoencoder (plain or aligned), latents, SiT, DiT. Without --stage: all of it, on built-in scenes.
 
     python train.py                                                              all stages, then a report
     python train.py --stage align --data DIR_OR_ZIP --teacher runs/scenes/teacher --out runs/NAME
@@ -93,11 +93,13 @@ class Config:
 
 
 SMALL = dict(image_size=32, log_every=25, save_every=250, warmup=50, decay=0.05,
-             channels=(8, 32, 48), layers_per_block=1, norm_groups=8, latent_channels=4, kl_weight=1e-6, perceptual_weight=0.0, disc_weight=0.0, disc_start=0,
+             channels=(8, 32, 48), layers_per_block=1, norm_groups=8, latent_channels=4,
+             kl_weight=1e-6, perceptual_weight=0.0, disc_weight=0.0, disc_start=0,
              align_weight=0.05, align_hidden=256, fold=1, pool=4, num_samples=2000, cfg_scale=1.5)
-PAPER = dict(image_size=256, log_every=100, save_every=5000, warmup=0, decay=1.0, channels=(128, 256, 512, 512),
-             layers_per_block=2, norm_groups=32, latent_channels=4, kl_weight=1e-6, perceptual_weight=0.5, disc_weight=0.5,
-             disc_start=20000, align_weight=0.1, align_hidden=2048, fold=2, pool=4, num_samples=50000, cfg_scale=1.5)
+PAPER = dict(image_size=256, log_every=100, save_every=5000, warmup=0, decay=1.0,
+             channels=(128, 256, 512, 512), layers_per_block=2, norm_groups=32, latent_channels=4,
+             kl_weight=1e-6, perceptual_weight=0.5, disc_weight=0.5, disc_start=20000,
+             align_weight=0.1, align_hidden=2048, fold=2, pool=4, num_samples=50000, cfg_scale=1.5)
 PRESETS = {
     "small": {
         "teacher": dict(SMALL, steps=600, batch_size=64, lr=2e-3),
@@ -214,7 +216,7 @@ def hsv(hue, saturation, value):
 
 
 def trace(label, origin, direction, t, end):
-    """Walk along R rays in the solid's own frame, from t to end: which rays hit, and where. Vectors are triples of (R,)."""
+    """Walk along R rays in the solid's own frame, from t to end: which hit, and where. Vectors are triples of (R,)."""
     live, hit, where = torch.arange(len(t)), torch.zeros(len(t), dtype=torch.bool), t.clone()
     for steps in (4, 4, 8, 32):                                                  # most rays need few: then drop them
         for _ in range(steps):
@@ -300,8 +302,8 @@ def draw_solid(label, u, size):
 
 
 def draw_scenes(seed, index, size=32):
-    """Scenes number `index` (N,) of a seed, functions of (seed, index) alone: images (N, 3, size, size) uint8, labels (N,),
-    which are index mod 10, segments (N, size, size) uint8 and depth (N, size, size) float32."""
+    """Scenes number `index` (N,) of a seed, functions of (seed, index) alone: images (N, 3, size, size) uint8, labels
+    (N,), which are index mod 10, segments (N, size, size) uint8 and depth (N, size, size) float32."""
     index = np.asarray(index)
     u, labels = scene_numbers(seed, index, 24), torch.from_numpy(index % 10)
     images = torch.empty(len(index), 3, size, size, dtype=torch.uint8)
@@ -348,7 +350,7 @@ class DataError(Exception):
 
 
 def center_crop(image, size):
-    """ADM's centre crop, used by DiT and SiT: halve by box filter while possible, then bicubic, then cut (size, size, 3)."""
+    """ADM's centre crop, as in DiT and SiT: halve by box filter while possible, then bicubic; (size, size, 3) uint8."""
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.BOX)
     scale = size / min(image.size)
@@ -381,7 +383,7 @@ class ImageFolder:
         inside = [n[len(prefix):] for n in names if n.startswith(prefix)]
         self.classes = tuple(sorted({n.split("/")[0] for n in inside if "/" in n}))
         if not self.classes:
-            raise DataError(f"--data {path} has no class folders: put the images of every class into a folder of its own")
+            raise DataError(f"--data {path} has no class folders: put the images of each class into its folder")
         groups = {name: [] for name in self.classes}
         for n in sorted(inside):
             if n.lower().endswith(IMAGE_SUFFIXES) and "/" in n:
@@ -400,7 +402,7 @@ class ImageFolder:
     def read(self, name):
         if self.path.is_dir():
             return (self.path / name).read_bytes()
-        if self.pid != os.getpid():                                              # a zip handle of another process is shared
+        if self.pid != os.getpid():                                              # a worker needs a handle of its own
             self.zip, self.pid = zipfile.ZipFile(self.path), os.getpid()
         return self.zip.read(name)
 
@@ -426,7 +428,7 @@ def open_data(cfg, split):
 
 
 class StepSampler:
-    """This rank's (index, flip) pairs of every step: the global batch of step s is a slice of shuffled epochs end to end."""
+    """This rank's (index, flip) pairs, step by step: global batches are slices of shuffled epochs laid end to end."""
 
     def __init__(self, data, cfg, first, last):
         self.count, self.flip, self.cfg, self.first, self.last = len(data), data.flip, cfg, first, last
@@ -441,7 +443,8 @@ class StepSampler:
         number, (order, flips) = -1, (None, None)
         for step in range(self.first, self.last):
             keys = []
-            for position in range(step * self.cfg.batch_size + rank * share, step * self.cfg.batch_size + (rank + 1) * share):
+            first = step * self.cfg.batch_size + rank * share
+            for position in range(first, first + share):
                 if position // self.count != number:
                     number = position // self.count
                     order, flips = self.epoch(number)
@@ -473,7 +476,8 @@ def to_float(images, device):
 
 def process():
     """(rank, local_rank, world_size), as torchrun sets them; (0, 0, 1) without it."""
-    return tuple(int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+    defaults = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1}
+    return tuple(int(os.environ.get(name, default)) for name, default in defaults.items())
 
 
 def device_of_process():
@@ -524,7 +528,7 @@ def write_json(value, path):
 
 
 def claim_folder(cfg, *names):
-    """OUT/STAGE, with the stage's settings in settings.json: those of Config that `names` lists, beside the common ones.
+    """OUT/STAGE, with the stage's settings in settings.json: those of Config that `names` lists, and the common ones.
     Stops where the folder holds a run with other settings."""
     folder = Path(cfg.out) / cfg.stage
     common = ("stage", "data", "scenes", "seed", "image_size", "steps", "batch_size")
@@ -619,7 +623,8 @@ class Run:
         if not all(math.isfinite(value) for value in line.values()):
             stop(f"step {self.step}: not finite: {line}; the last good checkpoint is {self.folder}/checkpoint.pt")
         if process()[0] == 0:
-            line = {"step": self.step, **line, "lr": self.learning_rate(), "images_per_second": rate * self.cfg.batch_size}
+            images_per_second = rate * self.cfg.batch_size
+            line = {"step": self.step, **line, "lr": self.learning_rate(), "images_per_second": images_per_second}
             with open(self.folder / "log.jsonl", "a") as file:
                 file.write(json.dumps(line) + "\n")
 
@@ -628,11 +633,10 @@ class Run:
         if process()[0] == 0:
             with atomic_file(self.folder / "checkpoint.pt") as file:
                 torch.save({"step": self.step, **{name: part.state_dict() for name, part in self.parts.items()}}, file)
-            skip = ("step", "lr", "images_per_second")
-            lines = self.lines()
-            names = [name for name in lines[-1] if name not in skip]
-            save_picture(plot({name: {self.folder.parent.name: [(line["step"], line[name]) for line in lines if name in line]}
-                               for name in names}), self.folder / "curves.png")
+            lines, run = self.lines(), self.folder.parent.name
+            panels = {name: {run: [(line["step"], line[name]) for line in lines if name in line]}
+                      for name in lines[-1] if name not in ("step", "lr", "images_per_second")}
+            save_picture(plot(panels), self.folder / "curves.png")
         barrier()
 
 
@@ -649,7 +653,7 @@ LOGARITHMIC = ("mse", "kl", "lpips", "loss", "class_loss", "segment_loss", "dept
 
 
 def plot(panels, size=(300, 200), per_row=3):
-    """Curves over steps as a PIL image: {panel: {curve: [(step, value), ...]}}; panels in LOGARITHMIC have that scale."""
+    """Curves over steps as a PIL image: {panel: {curve: [(step, value), ...]}}; LOGARITHMIC names such panels."""
     colors = ((31, 119, 180), (214, 39, 40), (44, 160, 44), (148, 103, 189))
     names = sorted({name for curves in panels.values() for name in curves}, reverse=True)
     font, (width, height) = ImageFont.load_default(11), size
@@ -676,7 +680,8 @@ def plot(panels, size=(300, 200), per_row=3):
             draw.text((left - 5 - font.getlength(label), y - 7), label, fill=(80, 80, 80), font=font)
         for x in (0, max(xs) // 2, max(xs)):
             label = f"{x} steps" if x == max(xs) else str(x)
-            draw.text((place(x, ys[0])[0] - font.getlength(str(x)) / 2, bottom + 3), label, fill=(80, 80, 80), font=font)
+            center = place(x, ys[0])[0] - font.getlength(str(x)) / 2
+            draw.text((center, bottom + 3), label, fill=(80, 80, 80), font=font)
         heights = [place(x, y)[1] for points in curves.values() for x, y in points if x > max(xs) / 2]
         legend = top + 2 if sum(heights) / max(1, len(heights)) > (top + bottom) / 2 else bottom - 30
         for i, (name, points) in enumerate(sorted(curves.items(), reverse=True)):
@@ -688,14 +693,15 @@ def plot(panels, size=(300, 200), per_row=3):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Stages teacher and evaluator: two classifiers that share nothing, so that what is aligned to one is judged by the other
+# Stages teacher and evaluator: two classifiers that share nothing; what is aligned to one is judged by the other
 
 class Teacher(nn.Module):
     """A small DINOv2 and its heads: class from class token and mean patch; segments and depth from patch tokens."""
 
     def __init__(self, image_size, num_classes, dense, embed_dim=96, depth=3, num_heads=4, patch_size=4):
         super().__init__()
-        self.config = dict(embed_dim=embed_dim, depth=depth, num_heads=num_heads, patch_size=patch_size, img_size=image_size)
+        self.config = dict(embed_dim=embed_dim, depth=depth, num_heads=num_heads, patch_size=patch_size,
+                           img_size=image_size)
         self.dinov2 = align.DINOv2(**self.config)
         self.classifier = nn.Linear(2 * embed_dim, num_classes)
         self.head_config = dict(segmentation=dict(embed_dim=embed_dim, num_classes=len(SEGMENTS)),
@@ -704,7 +710,7 @@ class Teacher(nn.Module):
         self.depth = align.DepthHead(**self.head_config["depth"]) if dense else None
 
     def forward(self, x):
-        """x (N, 3, H, W) in [-1, 1] -> class logits, segment logits (N, S, H, W), depth (N, H, W); None without heads."""
+        """x (N, 3, H, W) in [-1, 1] -> class logits, segment logits (N, S, H, W), depth (N, H, W), or None for both."""
         size = x.shape[-1]
         out = self.dinov2.forward_features(align.teacher_input(x, size))
         cls, patches = out["x_norm_clstoken"], out["x_norm_patchtokens"]
@@ -736,7 +742,7 @@ class Evaluator(nn.Module):
 
 
 def degrade(x, rng):
-    """Half of the images blurred by a 3 x 3 kernel, half with noise: the evaluator shall look at shapes, not at sharpness."""
+    """Half of the images blurred, half with noise: the evaluator shall look at shapes, not at sharpness."""
     kernel = torch.tensor([1.0, 2.0, 1.0], device=x.device)
     kernel = (kernel[:, None] * kernel / 16).expand(3, 1, 3, 3)
     blurred = F.conv2d(F.pad(x, (1, 1, 1, 1), mode="reflect"), kernel, groups=3)
@@ -746,7 +752,7 @@ def degrade(x, rng):
 
 
 def train_classifier(cfg):
-    """Stages teacher and evaluator. The evaluator starts from another seed and sees other batches and degraded images."""
+    """Stages teacher and evaluator. The evaluator has another seed, so other batches, and degraded images."""
     if cfg.stage == "evaluator":
         cfg = dataclasses.replace(cfg, seed=cfg.seed + 1000)
     folder = claim_folder(cfg, *OPTIMISER)
@@ -797,7 +803,8 @@ def load_teacher(folder):
     """The frozen DINOv2 that stage teacher wrote."""
     folder = Path(folder)
     if not (folder / "dinov2.safetensors").is_file():
-        stop(f"{folder}/dinov2.safetensors not found: run train.py --stage teacher --out {folder.parent} first, or give --teacher")
+        stop(f"{folder}/dinov2.safetensors not found: run train.py --stage teacher --out {folder.parent} first, "
+             "or give --teacher")
     teacher = align.DINOv2(**json.loads((folder / "config.json").read_text()))
     teacher.load_state_dict(load_weights(folder / "dinov2.safetensors"))
     return teacher.eval().requires_grad_(False)
@@ -892,9 +899,10 @@ def train_autoencoder(cfg):
             save_safetensors(heads.state_dict(), folder / "heads.safetensors")
         images = next(all_batches(data, 64))[0]
         with torch.no_grad():
-            rec = autoencoder(to_float(images, device), torch.zeros(len(images), cfg.latent_channels, grid, grid, device=device))[0]
+            rec = autoencoder.decode(autoencoder.encode(to_float(images, device)).latent_dist.mode()).sample
         (folder / "samples").mkdir(exist_ok=True)
-        save_picture(sheet({"original": images.unflatten(0, (8, -1)), "reconstruction": to_uint8(rec).unflatten(0, (8, -1))}),
+        columns = {"original": images, "reconstruction": to_uint8(rec)}
+        save_picture(sheet({title: x.unflatten(0, (-1, min(8, len(x)))) for title, x in columns.items()}),
                      folder / "samples" / "reconstructions.png")
         autoencoder.save_pretrained(folder)
 
@@ -912,7 +920,7 @@ def load_lpips():
 
 @torch.no_grad()
 def measure_latents(autoencoder, data, device, count=4096):
-    """Store per-channel mean and standard deviation of the latents of `count` training images in the autoencoder's config."""
+    """Store per-channel mean and standard deviation of the latents of `count` training images in its config."""
     sums = torch.zeros(3, autoencoder.config["latent_channels"], dtype=torch.float64, device=device)
     for images, *_ in all_batches(data, 128, range(0, len(data), max(1, len(data) // count))):
         posterior = autoencoder.encode(to_float(images, device)).latent_dist
@@ -937,7 +945,7 @@ def find_autoencoder(cfg):
     """Folder of the run's autoencoder; stops where there is none."""
     folder = Path(cfg.vae) if cfg.vae else autoencoder_folder(Path(cfg.out))
     if not (folder / "config.json").is_file():
-        stop(f"{folder}/config.json not found: run train.py --stage vae (or align) --out {cfg.out} first, or give --vae")
+        stop(f"{folder}/config.json not found: run train.py --stage vae or align --out {cfg.out} first, give --vae")
     return folder
 
 
@@ -1046,7 +1054,8 @@ def train_diffusion(cfg):
         _, images = generate(module, ema, autoencoder, range(len(labels)), labels, cfg.seed, device,
                              **SAMPLERS[cfg.stage])
         (folder / "samples").mkdir(exist_ok=True)
-        save_picture(sheet({"samples, no guidance": to_uint8(images).unflatten(0, (-1, 8))}), folder / "samples" / "final.png")
+        save_picture(sheet({"samples, no guidance": to_uint8(images).unflatten(0, (-1, 8))}),
+                     folder / "samples" / "final.png")
         save_safetensors(ema.state_dict(), folder / "ema.safetensors")
 
 
@@ -1127,7 +1136,7 @@ def report(cfg):
 
     test_images, test_labels, *truth = (torch.cat(part) for part in zip(*all_batches(test, 500)))
     count = min(len(train), 8000)
-    step = len(train) // count                                                   # folders list one class after the other
+    step = len(train) // count                                                   # a folder lists class after class
     subset = torch.arange(0, step * count, step)
     train_images, train_labels, *_ = (torch.cat(part) for part in zip(*all_batches(train, 500, subset.tolist())))
     x_test, x_train = to_float(test_images, device), to_float(train_images, device)
@@ -1141,8 +1150,8 @@ def report(cfg):
         folder = autoencoder_folder(arm)
         autoencoder = load_autoencoder(folder).to(device)
         z_test = in_batches(lambda b: autoencoder.encode(b).latent_dist.mean, x_test)
-        moments, _ = Latents(dataclasses.replace(cfg, out=str(arm)), folder).__getitems__([(i, False) for i in subset.tolist()])
-        z_train = moments.chunk(2, dim=1)[0].to(device)
+        latents = Latents(dataclasses.replace(cfg, out=str(arm)), folder)
+        z_train = latents.__getitems__([(i, False) for i in subset.tolist()])[0].chunk(2, dim=1)[0].to(device)
         rec = in_batches(lambda b: autoencoder.decode(b).sample.clamp(-1, 1), z_test)
         if (folder / "heads.safetensors").is_file():
             heads = load_heads(folder).to(device)
@@ -1154,7 +1163,8 @@ def report(cfg):
             heads.fit_statistics(*tokens)
             heads = fit_heads(heads, z_train, *tokens, cfg.seed)
         rec_feats = features(to_float(to_uint8(rec), device))
-        row = {"PSNR of reconstructions, dB": (10 * torch.log10(4 / (rec - x_test).square().flatten(1).mean(1))).mean().item()}
+        mse = (rec - x_test).square().flatten(1).mean(1)
+        row = {"PSNR of reconstructions, dB": (10 * torch.log10(4 / mse)).mean().item()}
         patch, cls = in_batches(heads, z_test)
         patch_target, cls_target = heads.standardize(patch_test, cls_test)
         row["cosine to the teacher, patches"] = F.cosine_similarity(patch, patch_target, dim=-1).mean().item()
@@ -1164,7 +1174,8 @@ def report(cfg):
         row["FD of reconstructions"] = frechet(rec_feats, real)
         for suffix, label in (("", "no guidance"), ("-guided", f"guidance {cfg.cfg_scale}")):
             with np.load(arm / f"samples{suffix}.npz") as archive:
-                samples, wanted = torch.from_numpy(archive["arr_0"]).permute(0, 3, 1, 2), torch.from_numpy(archive["arr_1"])
+                samples, wanted = (torch.from_numpy(archive[name]) for name in ("arr_0", "arr_1"))
+            samples = samples.permute(0, 3, 1, 2)
             feats, logits = in_batches(evaluator, to_float(samples, device))
             row[f"FD of samples, {label}"] = frechet(feats, real)
             row[f"FD of samples to own reconstructions, {label}"] = frechet(feats, rec_feats)
@@ -1184,7 +1195,8 @@ def report(cfg):
                  "class accuracy of samples, no guidance": (logits.argmax(1) == test_labels).float().mean().item()}
     if dense:
         side = cfg.image_size // teacher.patch_size
-        mask, depth = read_tasks(patch_test.transpose(1, 2).unflatten(2, (side, side)), cls_test, task_heads, cfg.image_size)
+        feature_map = patch_test.transpose(1, 2).unflatten(2, (side, side))
+        mask, depth = read_tasks(feature_map, cls_test, task_heads, cfg.image_size)
         reference["masks from latents, mIoU"] = mean_iou(mask, truth[0], len(SEGMENTS))
         reference["depth from latents, relative error"] = ((depth - truth[1]).abs() / truth[1]).mean().item()
         masks["teacher"] = mask, depth
@@ -1227,25 +1239,26 @@ def write_report(cfg, out, table, reference, seconds):
     plain, aligned = table["plain"], table["aligned"]
     lines = ["| | plain | aligned | change | real images, teacher |", "|---|---|---|---|---|"]
     for name in plain:
-        change = f"{100 * (aligned[name] / plain[name] - 1):+.0f} %" if name.startswith("FD") else f"{aligned[name] - plain[name]:+.3f}"
+        change = f"{aligned[name] - plain[name]:+.3f}"
+        if name.startswith("FD"):
+            change = f"{100 * (aligned[name] / plain[name] - 1):+.0f} %"
         last = f"{reference[name]:.3f}" if name in reference else ""
         lines.append(f"| {name} | {plain[name]:.3f} | {aligned[name]:.3f} | {change} | {last} |")
     fd = "FD of samples, no guidance"
     gain = 100 * (1 - aligned[fd] / plain[fd])
-    verdict = (f"FD of samples without guidance is {abs(gain):.0f} % {'lower' if gain > 0 else 'higher'} with alignment: "
+    verdict = (f"FD of samples without guidance is {abs(gain):.0f} % {'lower' if gain > 0 else 'higher'} when aligned: "
                f"the aim of 15 % lower is {'reached' if gain >= 15 else 'not reached'} in this run.")
     timings = json.loads((out / "timings.json").read_text()) if (out / "timings.json").is_file() else {}
     timings["report"] = seconds
     shown = ["curves.png", "real.png", "reconstructions.png", "samples.png", "samples-guided.png"]
-    shown += ["tasks.png"] if (out / "tasks.png").is_file() else []
+    shown += [name for name in ("tasks.png", "aligned/samples-tasks.png") if (out / name).is_file()]
     text = [f"# Plain and aligned latents: {cfg.data}, seed {cfg.seed}", "", *lines, "", verdict, "",
-            "FD is the Frechet distance of the features of this run's own evaluator network to held-out images: it is no FID and "
-            "compares with nothing outside this run. The last column gives what real images score, and masks and depth that the "
-            "teacher itself reads off the images. Cosines are of features standardised per channel. The plain autoencoder's MLPs were "
-            "fitted afterwards, to its frozen latents.", ""]
-    text += ["| phase | seconds |", "|---|---|"] + [f"| {name} | {value:.0f} |" for name, value in timings.items()] + [""]
-    text += [f"![{name}]({name})" for name in shown]
-    text += [f"![generated]({name}/samples-tasks.png)" for name in ("aligned",) if (out / name / "samples-tasks.png").is_file()]
+            "FD is the Frechet distance of the features of this run's own evaluator network to held-out images: it is "
+            "no FID and compares with nothing outside this run. The last column gives what real images score, masks and "
+            "depth that the teacher itself reads off the images. Cosines are of features standardised per channel. The "
+            "plain autoencoder's MLPs were fitted afterwards, to its frozen latents.", ""]
+    text += ["| phase | seconds |", "|---|---|"] + [f"| {name} | {value:.0f} |" for name, value in timings.items()]
+    text += ["", *(f"![{name}]({name})\n" for name in shown)]
     with atomic_file(out / "report.md") as file:
         file.write(("\n".join(text) + "\n").encode())
     width = max(map(len, plain))
@@ -1274,7 +1287,8 @@ def chain(cfg, argv):
     settings = resolve(cfg, "report")
     out.mkdir(parents=True, exist_ok=True)
     write_json(given, path)
-    flags = [word for name, value in given.items() for word in (f"--{name.replace('_', '-')}", *map(str, np.atleast_1d(value)))]
+    flags = [word for name, value in given.items()
+             for word in (f"--{name.replace('_', '-')}", *map(str, np.atleast_1d(value)))]
     plain, aligned = str(out / "plain"), str(out / "aligned")
 
     def stage(name, run):
@@ -1283,27 +1297,29 @@ def chain(cfg, argv):
 
     def samples(run, scale):
         tasks = ["--tasks", "features", *(("segmentation", "depth") if cfg.data == "scenes" else ())]
-        return [sys.executable, str(Path(__file__).with_name("sample.py")), "--run", run, "--num", str(settings.num_samples),
-                "--out", f"{run}/samples{'' if scale == 1 else '-guided'}.npz", "--num-steps", "10", "--seed", str(cfg.seed),
-                "--cfg-scale", str(scale), *(tasks if run == aligned and scale == 1 else ())]
+        return [sys.executable, str(Path(__file__).with_name("sample.py")), "--run", run,
+                "--out", f"{run}/samples{'' if scale == 1 else '-guided'}.npz", "--num", str(settings.num_samples),
+                "--num-steps", "10", "--seed", str(cfg.seed), "--cfg-scale", str(scale),
+                *(tasks if run == aligned and scale == 1 else ())]
 
-    jobs = {                                                                     # name: (command, what must be done before)
+    arms, scale = ("plain", "aligned"), settings.cfg_scale
+    jobs = {                                                                     # name: (command, what comes before it)
         "teacher": (stage("teacher", str(out)), ()),
         "plain/vae": (stage("vae", plain), ()),
         "aligned/align": (stage("align", aligned), ("teacher",)),
         "evaluator": (stage("evaluator", str(out)), ()),
         **{f"{run}/latents": (stage("latents", str(out / run)), (f"{run}/{vae}",))
            for run, vae in (("plain", "vae"), ("aligned", "align"))},
-        **{f"{run}/sit": (stage("sit", str(out / run)), (f"{run}/latents",)) for run in ("plain", "aligned")},
-        **{f"{run}/samples": (samples(str(out / run), 1), (f"{run}/sit",)) for run in ("plain", "aligned")},
-        **{f"{run}/samples-guided": (samples(str(out / run), settings.cfg_scale), (f"{run}/sit",)) for run in ("plain", "aligned")},
+        **{f"{run}/sit": (stage("sit", str(out / run)), (f"{run}/latents",)) for run in arms},
+        **{f"{run}/samples": (samples(str(out / run), 1), (f"{run}/sit",)) for run in arms},
+        **{f"{run}/samples-guided": (samples(str(out / run), scale), (f"{run}/sit",)) for run in arms},
     }
     run_jobs(jobs, out)
     report(settings)
 
 
 def run_jobs(jobs, out):
-    """Run commands, each when all before it are done; two at once where there is no GPU. Their seconds go to timings.json."""
+    """Run commands, each when all before it are done; two at once on a CPU. Their seconds go to timings.json."""
     slots = 1 if torch.cuda.is_available() or os.cpu_count() == 1 else 2
     env = dict(os.environ, OMP_NUM_THREADS=str(max(1, os.cpu_count() // slots)), OMP_WAIT_POLICY="passive")
     path = out / "timings.json"
@@ -1341,8 +1357,9 @@ def main(argv=None):
     if torch.cuda.is_available():
         torch.cuda.set_device(device_of_process())
     try:
-        {"teacher": train_classifier, "evaluator": train_classifier, "vae": train_autoencoder, "align": train_autoencoder,
-         "latents": encode_latents, "sit": train_diffusion, "dit": train_diffusion, "report": report}[cfg.stage](cfg)
+        {"teacher": train_classifier, "evaluator": train_classifier, "vae": train_autoencoder,
+         "align": train_autoencoder, "latents": encode_latents, "sit": train_diffusion, "dit": train_diffusion,
+         "report": report}[cfg.stage](cfg)
     except DataError as error:
         stop(str(error).splitlines()[-1].removeprefix("train.DataError: "))
     if process()[2] > 1:

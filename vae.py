@@ -38,7 +38,7 @@ class ResnetBlock(nn.Module):
         self.norm2 = nn.GroupNorm(groups, out_channels, eps=1e-6)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
-        nn.init.zeros_(self.conv2.weight)         # from scratch a block begins as its shortcut: far fewer steps to the same loss
+        nn.init.zeros_(self.conv2.weight)         # from scratch, a block that begins as its shortcut trains far faster
 
     def forward(self, x):
         h = self.conv1(F.silu(self.norm1(x)))
@@ -194,7 +194,7 @@ class AutoencoderKL(nn.Module):
         super().__init__()
         for channels in block_out_channels:
             if channels % norm_num_groups:
-                raise ValueError(f"block_out_channels has {channels}, not a multiple of norm_num_groups {norm_num_groups}")
+                raise ValueError(f"{channels} channels of a level are no multiple of norm_num_groups {norm_num_groups}")
         channels = list(block_out_channels)
         self.config = dict(
             in_channels=in_channels, out_channels=out_channels, block_out_channels=channels,
@@ -278,7 +278,7 @@ class LPIPS(nn.Module):
     (torchvision) and vgg.pth (LPIPS v0.1). Inference only: the dropout in front of `lin` does not exist here.
     """
 
-    STAGES = ((0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28))        # torchvision's indices of the convolutions
+    STAGES = ((0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28))        # torchvision's numbers of the layers
     CHANNELS = (64, 128, 256, 512, 512)
 
     def __init__(self, vgg=None, lin=None):
@@ -318,7 +318,7 @@ class LPIPS(nn.Module):
 
 
 class PatchDiscriminator(nn.Module):
-    """PatchGAN: images (N, C, H, W) -> logits (N, 1, h, w), one for every overlapping patch (Isola et al., 1611.07004)."""
+    """PatchGAN: images (N, C, H, W) -> logits (N, 1, h, w), one an overlapping patch (Isola et al., 1611.07004)."""
 
     def __init__(self, in_channels=3, ndf=64, n_layers=3):
         super().__init__()
@@ -349,7 +349,7 @@ def hinge_g_loss(logits_fake):
 
 
 def adaptive_weight(reference, loss, weight):
-    """||d reference / d weight|| / ||d loss / d weight||, at most 1e4: makes `loss` pull on a layer as `reference` does."""
+    """||d reference / d weight|| / ||d loss / d weight||, at most 1e4: `loss` shall pull as hard as `reference`."""
     g_reference = torch.autograd.grad(reference, weight, retain_graph=True)[0]
     g_loss = torch.autograd.grad(loss, weight, retain_graph=True)[0]
     return (g_reference.norm() / (g_loss.norm() + 1e-4)).clamp(max=1e4).detach()
@@ -426,17 +426,17 @@ def load_safetensors(path):
             raise ValueError(f"{path} is not a safetensors file: its header would be longer than the file")
         try:
             header = json.loads(file.read(length))
-            header.pop("__metadata__", None)
-            entries = [(name, SAFETENSORS_TYPES[e["dtype"]], e["shape"], *e["data_offsets"]) for name, e in header.items()]
+            entries = [(name, SAFETENSORS_TYPES[entry["dtype"]], entry["shape"], *entry["data_offsets"])
+                       for name, entry in header.items() if name != "__metadata__"]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path} has a safetensors header that cannot be read ({error!r}): fetch the file anew") from None
+            raise ValueError(f"{path} has no readable safetensors header ({error!r}): fetch the file anew") from None
         tensors, position = {}, 0
         for name, dtype, shape, begin, end in sorted(entries, key=lambda entry: entry[3:]):
             bytes_wanted = math.prod(shape) * dtype.itemsize
             if begin != position or end - begin != bytes_wanted or end > size - 8 - length:
                 raise ValueError(f"{path}: the bytes of {name} do not fit the header: fetch the file anew")
-            data = torch.frombuffer(bytearray(file.read(bytes_wanted)), dtype=dtype) if bytes_wanted else torch.empty(0, dtype=dtype)
-            tensors[name], position = data.reshape(shape), end
+            data = torch.frombuffer(bytearray(file.read(bytes_wanted)), dtype=dtype) if bytes_wanted else torch.empty(0)
+            tensors[name], position = data.to(dtype).reshape(shape), end
     return tensors
 
 

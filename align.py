@@ -17,7 +17,6 @@ al., arXiv 2304.07193; with registers, Darcet et al., arXiv 2309.16588. Paramete
 """
 import math
 
-import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F

@@ -40,85 +40,67 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import align
-import dit
 import fid
-import sit
 import vae
 from sample import (FAMILIES, autoencoder_folder, by_class, generate, load_autoencoder, load_heads, load_task_heads,
                     read_tasks, save_picture, sheet, stop, to_uint8)
 from vae import atomic_file, load_weights, save_safetensors
 
-STAGES = ("teacher", "evaluator", "vae", "align", "latents", "sit", "dit", "report")
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Settings
 
 
+def flag(default, text):
+    """A field of Config: its default, and its help."""
+    return dataclasses.field(default=default, metadata={"help": text})
+
+
 @dataclasses.dataclass
 class Config:
-    """Every flag. A default of None means: from the row of PRESETS that fits --preset and --stage."""
-    stage: str = None                # one of STAGES; without it all stages run one after the other
-    preset: str = "small"            # small: 32 px, minutes on two CPU cores; paper: 256 px, SD's autoencoder, GPUs
-    data: str = "scenes"             # the built-in scenes, or a folder or .zip with train/CLASS/* and test/CLASS/*
-    out: str = None                  # the run's folder (default runs/NAME_OF_DATA)
-    seed: int = 0
-    image_size: int = None           # pixels a side
-    scenes: int = 20000              # built-in scenes to train on; a tenth as many are held out
-    steps: int = None                # optimiser steps
-    batch_size: int = None           # images a step, on all processes together
-    lr: float = None                 # learning rate (its peak)
-    warmup: int = None               # steps of linear warm-up
-    decay: float = None              # the learning rate ends at this share, along a cosine; 1 keeps it
-    ema: float = None                # decay of the averaged weights (sit, dit)
-    workers: int = 0                 # processes that load images, for every training process
-    log_every: int = None            # steps between lines of log.jsonl
-    save_every: int = None           # steps between checkpoints, a multiple of log_every
-    channels: tuple = None           # autoencoder: channels of its levels; one level fewer halvings of the image
-    layers_per_block: int = None     # autoencoder: resnets a level
-    norm_groups: int = None          # autoencoder: groups of its norms
-    latent_channels: int = None      # autoencoder: channels of its latents
-    kl_weight: float = None          # weight of the KL term (summed over a latent)
-    perceptual_weight: float = None  # weight of LPIPS
-    disc_weight: float = None        # weight of the GAN loss, times its adaptive weight
-    disc_start: int = None           # first step with the GAN loss
-    align_weight: float = None       # weight of the align loss
-    teacher: str = None              # align: folder of stage teacher (default OUT/teacher)
-    align_hidden: int = None         # align: width of the two MLPs
-    fold: int = None                 # align: fold x fold latent cells make one token
-    pool: int = None                 # align: MLPcls sees the latent averaged to pool x pool cells
-    vae: str = None                  # latents, sit, dit: folder of the autoencoder (default OUT/align, else OUT/vae)
-    model: str = None                # sit, dit: its name, for example SiT-B/2
-    num_samples: int = None          # chain and report: images to sample and compare
-    cfg_scale: float = None          # chain and report: guidance of the second set of samples
+    """Every flag. A default of None is filled in by the stage's row of DEFAULTS, or as its help says."""
+    stage: str = flag(None, "one stage; without it all of them run, for a plain and an aligned autoencoder")
+    data: str = flag("scenes", "the built-in scenes, or a folder or .zip with train/CLASS/* and test/CLASS/*, or CLASS/*")
+    out: str = flag(None, "the run's folder (default: runs/ and the name of the data)")
+    seed: int = flag(0, "of weights, noise and the order of the images")
+    image_size: int = flag(32, "pixels a side")
+    scenes: int = flag(20000, "built-in scenes to train on; a tenth as many are held out")
+    workers: int = flag(0, "processes that load images, for every training process")
+    steps: int = flag(None, "optimiser steps")
+    batch_size: int = flag(None, "images a step, on all processes together")
+    lr: float = flag(None, "peak of the learning rate")
+    warmup: int = flag(50, "steps of linear warm-up")
+    decay: float = flag(0.05, "share of lr at the end of its cosine; 1 keeps it")
+    log_every: int = flag(25, "steps between lines of log.jsonl")
+    save_every: int = flag(250, "steps between checkpoints, a multiple of log_every")
+    channels: tuple = flag((8, 32, 48), "autoencoder: channels of its levels, each at half the resolution of the last")
+    layers_per_block: int = flag(1, "autoencoder: resnets a level")
+    norm_groups: int = flag(8, "autoencoder: groups of its norms")
+    latent_channels: int = flag(4, "autoencoder: channels of its latents")
+    kl_weight: float = flag(1e-6, "weight of the KL term, which is summed over a latent")
+    perceptual_weight: float = flag(0.0, "weight of LPIPS")
+    disc_weight: float = flag(0.0, "weight of the GAN loss, times its adaptive weight")
+    disc_start: int = flag(0, "first step with the GAN loss")
+    teacher: str = flag(None, "align: folder of stage teacher (default: OUT/teacher)")
+    align_weight: float = flag(0.05, "align: weight of the align loss")
+    align_hidden: int = flag(256, "align: width of the two MLPs")
+    fold: int = flag(1, "align: fold x fold latent cells make one token")
+    pool: int = flag(4, "align: MLPcls sees the latent averaged to pool x pool cells")
+    vae: str = flag(None, "latents, sit, dit: folder of the autoencoder (default: OUT/align, else OUT/vae)")
+    model: str = flag(None, "sit, dit: name of the model, for example SiT-B/2")
+    ema: float = flag(0.997, "sit, dit: decay of the averaged weights")
+    num_samples: int = flag(2000, "all stages: images to sample and to compare")
+    cfg_scale: float = flag(1.5, "all stages: guidance of the second set of samples")
 
 
-SMALL = dict(image_size=32, log_every=25, save_every=250, warmup=50, decay=0.05,
-             channels=(8, 32, 48), layers_per_block=1, norm_groups=8, latent_channels=4,
-             kl_weight=1e-6, perceptual_weight=0.0, disc_weight=0.0, disc_start=0,
-             align_weight=0.05, align_hidden=256, fold=1, pool=4, num_samples=2000, cfg_scale=1.5)
-PAPER = dict(image_size=256, log_every=100, save_every=5000, warmup=0, decay=1.0,
-             channels=(128, 256, 512, 512), layers_per_block=2, norm_groups=32, latent_channels=4,
-             kl_weight=1e-6, perceptual_weight=0.5, disc_weight=0.5, disc_start=20000,
-             align_weight=0.1, align_hidden=2048, fold=2, pool=4, num_samples=50000, cfg_scale=1.5)
-PRESETS = {
-    "small": {
-        "teacher": dict(SMALL, steps=600, batch_size=64, lr=2e-3),
-        "evaluator": dict(SMALL, steps=300, batch_size=64, lr=2e-3),
-        "vae": dict(SMALL, steps=1600, batch_size=16, lr=3e-3),
-        "align": dict(SMALL, steps=1600, batch_size=16, lr=3e-3),
-        "latents": dict(SMALL, batch_size=256),
-        "sit": dict(SMALL, steps=2300, batch_size=64, lr=2e-3, ema=0.997, model="SiT-Ti/2"),
-        "dit": dict(SMALL, steps=2300, batch_size=64, lr=2e-3, ema=0.997, model="DiT-Ti/2"),
-        "report": dict(SMALL, batch_size=256),
-    },
-    # the paper states the configuration of SiT and DiT (theirs, unchanged); the autoencoder's row is a choice of ours
-    "paper": {
-        "vae": dict(PAPER, steps=200000, batch_size=64, lr=1e-4),
-        "align": dict(PAPER, steps=200000, batch_size=64, lr=1e-4),
-        "latents": dict(PAPER, batch_size=256),
-        "sit": dict(PAPER, steps=400000, batch_size=256, lr=1e-4, ema=0.9999, model="SiT-XL/2"),
-        "dit": dict(PAPER, steps=400000, batch_size=256, lr=1e-4, ema=0.9999, model="DiT-XL/2"),
-    },
+DEFAULTS = {                                                                     # minutes on two CPU cores
+    "teacher": dict(steps=600, batch_size=64, lr=2e-3),
+    "evaluator": dict(steps=300, batch_size=64, lr=2e-3),
+    "vae": dict(steps=1600, batch_size=16, lr=3e-3),
+    "align": dict(steps=1600, batch_size=16, lr=3e-3),
+    "latents": dict(batch_size=256),
+    "sit": dict(steps=2300, batch_size=64, lr=2e-3, model="SiT-Ti/2"),
+    "dit": dict(steps=2300, batch_size=64, lr=2e-3, model="DiT-Ti/2"),
+    "report": dict(),
 }
 
 
@@ -126,27 +108,19 @@ def parse_arguments(argv=None):
     """argv -> Config, with the flags that were given and the defaults of Config for the others."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for field in dataclasses.fields(Config):
-        flag = "--" + field.name.replace("_", "-")
+        options = {"type": int, "nargs": "+"} if field.type is tuple else {"type": field.type}
         if field.name == "stage":
-            parser.add_argument(flag, choices=STAGES)
-        elif field.name == "preset":
-            parser.add_argument(flag, choices=sorted(PRESETS), default=field.default)
-        elif field.name == "channels":
-            parser.add_argument(flag, type=int, nargs="+")
-        else:
-            parser.add_argument(flag, type=field.type, default=field.default)
+            options["choices"] = tuple(DEFAULTS)
+        name, text = field.name.replace("_", "-"), field.metadata["help"]
+        parser.add_argument(f"--{name}", default=field.default, help=text, **options)
     cfg = Config(**vars(parser.parse_args(argv)))
-    cfg.out = cfg.out or f"runs/{Path(cfg.data).stem}"
+    cfg.channels, cfg.out = tuple(cfg.channels), cfg.out or f"runs/{Path(cfg.data).stem}"
     return cfg
 
 
 def resolve(cfg, stage):
-    """A copy of cfg for one stage, every None that the preset knows filled in."""
-    if stage not in PRESETS[cfg.preset]:
-        stop(f"--preset {cfg.preset} has no stage {stage}: it has {', '.join(PRESETS[cfg.preset])}")
-    preset = PRESETS[cfg.preset][stage]
-    filled = {k: preset[k] for k, v in dataclasses.asdict(cfg).items() if v is None and k in preset}
-    cfg = dataclasses.replace(cfg, stage=stage, **filled)
+    """A copy of cfg for one stage, with the stage's defaults. Stops at values that cannot be."""
+    cfg = dataclasses.replace(cfg, stage=stage, **{k: v for k, v in DEFAULTS[stage].items() if getattr(cfg, k) is None})
     for name in ("image_size", "scenes", "steps", "batch_size", "log_every", "save_every"):
         if getattr(cfg, name) is not None and getattr(cfg, name) < 1:
             stop(f"--{name.replace('_', '-')} {getattr(cfg, name)}: want at least 1")
@@ -640,8 +614,8 @@ class Run:
         barrier()
 
 
-def finished(folder, name, cfg):
-    """Whether a stage's result is there; says so, since then nothing is done again."""
+def finished(folder, name):
+    """Whether a stage's result, which it writes last, is there; says so, since then nothing is done again."""
     if (folder / name).is_file():
         if process()[0] == 0:
             print(f"{folder} is done already")
@@ -757,7 +731,7 @@ def train_classifier(cfg):
         cfg = dataclasses.replace(cfg, seed=cfg.seed + 1000)
     folder = claim_folder(cfg, *OPTIMISER)
     weights = "dinov2.safetensors" if cfg.stage == "teacher" else "evaluator.safetensors"
-    if finished(folder, weights, cfg):
+    if finished(folder, weights):
         return
     device, data = device_of_process(), open_data(cfg, "train")
     torch.manual_seed(cfg.seed)
@@ -841,7 +815,7 @@ def train_autoencoder(cfg):
         names += ("teacher", "align_weight", "align_hidden", "fold", "pool")
         teacher = load_teacher(cfg.teacher)
     folder, device = claim_folder(cfg, *names), device_of_process()
-    if finished(folder, "config.json", cfg):
+    if finished(folder, "config.json"):
         return
     data = open_data(cfg, "train")
     torch.manual_seed(cfg.seed)
@@ -872,6 +846,8 @@ def train_autoencoder(cfg):
     grid = cfg.image_size >> (len(cfg.channels) - 1)
     for step, (images, *_) in run.steps(data):
         x, gan = to_float(images, device), bool(cfg.disc_weight) and step >= cfg.disc_start
+        if gan:
+            discriminator.requires_grad_(False)                                  # its own turn comes below
         noise = Draws(cfg, step, device).randn(cfg.latent_channels, grid, grid)
         rec, posterior, features = model(x, noise)
         loss, logged = vae.autoencoder_loss(
@@ -886,6 +862,7 @@ def train_autoencoder(cfg):
         loss.backward()
         opt.step()
         if gan:
+            discriminator.requires_grad_(True)
             d_loss = vae.hinge_d_loss(d_model(x), d_model(rec.detach()))
             d_opt.zero_grad()
             d_loss.backward()
@@ -956,7 +933,7 @@ def encode_latents(cfg):
     cfg = dataclasses.replace(cfg, vae=str(source))
     folder = claim_folder(cfg, "vae")
     identity = {"autoencoder": checksum(source / "diffusion_pytorch_model.safetensors")}
-    if finished(folder, "meta.json", cfg):
+    if finished(folder, "meta.json"):
         return
     autoencoder, data = load_autoencoder(source).to(device), open_data(cfg, "train")
     rank, _, world_size = process()
@@ -1019,7 +996,7 @@ def train_diffusion(cfg):
     source, device = find_autoencoder(cfg), device_of_process()
     cfg = dataclasses.replace(cfg, vae=str(source))
     folder = claim_folder(cfg, *OPTIMISER, "vae", "model", "ema")
-    if finished(folder, "ema.safetensors", cfg):
+    if finished(folder, "ema.safetensors"):
         return
     autoencoder, data = load_autoencoder(source).to(device), Latents(cfg, source)
     module, network = FAMILIES[cfg.stage]
@@ -1254,8 +1231,8 @@ def write_report(cfg, out, table, reference, seconds):
     shown += [name for name in ("tasks.png", "aligned/samples-tasks.png") if (out / name).is_file()]
     text = [f"# Plain and aligned latents: {cfg.data}, seed {cfg.seed}", "", *lines, "", verdict, "",
             "FD is the Frechet distance of the features of this run's own evaluator network to held-out images: it is "
-            "no FID and compares with nothing outside this run. The last column gives what real images score, masks and "
-            "depth that the teacher itself reads off the images. Cosines are of features standardised per channel. The "
+            "no FID and compares with nothing outside this run. The last column gives what real images score, masks "
+            "and depth that the teacher itself reads off the images. Cosines are of features standardised per channel. The "
             "plain autoencoder's MLPs were fitted afterwards, to its frozen latents.", ""]
     text += ["| phase | seconds |", "|---|---|"] + [f"| {name} | {value:.0f} |" for name, value in timings.items()]
     text += ["", *(f"![{name}]({name})\n" for name in shown)]
@@ -1350,7 +1327,7 @@ def main(argv=None):
     if cfg.stage is None:
         return chain(cfg, argv)
     cfg = resolve(cfg, cfg.stage)
-    if cfg.batch_size % process()[2]:
+    if cfg.steps and cfg.batch_size % process()[2]:
         stop(f"--batch-size {cfg.batch_size} is that of all processes: it does not divide by {process()[2]}")
     if process()[2] > 1:
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")

@@ -93,13 +93,13 @@ class Config:
 
 
 DEFAULTS = {                                                                     # minutes on two CPU cores
-    "teacher": dict(steps=600, batch_size=64, lr=2e-3),
-    "evaluator": dict(steps=300, batch_size=64, lr=2e-3),
-    "vae": dict(steps=1600, batch_size=16, lr=3e-3),
-    "align": dict(steps=1600, batch_size=16, lr=3e-3),
+    "teacher": dict(steps=450, batch_size=64, lr=2e-3),
+    "evaluator": dict(steps=250, batch_size=64, lr=2e-3),
+    "vae": dict(steps=1400, batch_size=16, lr=3e-3),
+    "align": dict(steps=1400, batch_size=16, lr=3e-3),
     "latents": dict(batch_size=256),
-    "sit": dict(steps=2300, batch_size=64, lr=2e-3, model="SiT-Ti/2"),
-    "dit": dict(steps=2300, batch_size=64, lr=2e-3, model="DiT-Ti/2"),
+    "sit": dict(steps=1700, batch_size=64, lr=2e-3, model="SiT-Ti/2"),
+    "dit": dict(steps=1700, batch_size=64, lr=2e-3, model="DiT-Ti/2"),
     "report": dict(),
 }
 
@@ -1276,7 +1276,7 @@ def chain(cfg, argv):
         tasks = ["--tasks", "features", *(("segmentation", "depth") if cfg.data == "scenes" else ())]
         return [sys.executable, str(Path(__file__).with_name("sample.py")), "--run", run,
                 "--out", f"{run}/samples{'' if scale == 1 else '-guided'}.npz", "--num", str(settings.num_samples),
-                "--num-steps", "10", "--seed", str(cfg.seed), "--cfg-scale", str(scale),
+                "--num-steps", "8", "--seed", str(cfg.seed), "--cfg-scale", str(scale),
                 *(tasks if run == aligned and scale == 1 else ())]
 
     arms, scale = ("plain", "aligned"), settings.cfg_scale

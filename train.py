@@ -59,7 +59,7 @@ def flag(default, text):
 class Config:
     """Every flag. A default of None is filled in by the stage's row of DEFAULTS, or as its help says."""
     stage: str = flag(None, "one stage; without it all of them run, for a plain and an aligned autoencoder")
-    data: str = flag("scenes", "the built-in scenes, or a folder or .zip with train/CLASS/* and test/CLASS/*, or CLASS/*")
+    data: str = flag("scenes", "built-in scenes, or a folder or .zip with train/CLASS/* and test/CLASS/*, or CLASS/*")
     out: str = flag(None, "the run's folder (default: runs/ and the name of the data)")
     seed: int = flag(0, "of weights, noise and the order of the images")
     image_size: int = flag(32, "pixels a side")
@@ -75,7 +75,7 @@ class Config:
     channels: tuple = flag((8, 32, 48), "autoencoder: channels of its levels, each at half the resolution of the last")
     layers_per_block: int = flag(1, "autoencoder: resnets a level")
     norm_groups: int = flag(8, "autoencoder: groups of its norms")
-    latent_channels: int = flag(4, "autoencoder: channels of its latents")
+    latent_channels: int = flag(8, "autoencoder: channels of its latents")
     kl_weight: float = flag(1e-6, "weight of the KL term, which is summed over a latent")
     perceptual_weight: float = flag(0.0, "weight of LPIPS")
     disc_weight: float = flag(0.0, "weight of the GAN loss, times its adaptive weight")
@@ -1096,110 +1096,120 @@ def frechet(a, b):
     return fid.frechet_distance(*fid.feature_statistics(a.cpu()), *fid.feature_statistics(b.cpu()))
 
 
+def score_samples(path, evaluator, real, rec_feats, label):
+    """Figures of a file of samples, under `label`, and the samples: images (N, 3, H, W) uint8 and labels (N,)."""
+    with np.load(path) as archive:
+        images, labels = (torch.from_numpy(archive[name]) for name in ("arr_0", "arr_1"))
+    images = images.permute(0, 3, 1, 2)
+    feats, logits = in_batches(evaluator, to_float(images, real.device))
+    accuracy = (logits.argmax(1).cpu() == labels).float().mean().item()
+    return {f"FD of samples, {label}": frechet(feats, real),
+            f"FD of samples to own reconstructions, {label}": frechet(feats, rec_feats),
+            f"class accuracy of samples, {label}": accuracy}, (images, labels)
+
+
+def score_tasks(features, cls_token, task_heads, segments, depth):
+    """Figures of masks and depth read off features (N, D, gh, gw) and class tokens (N, D); and both, (N, H, W)."""
+    mask, read = read_tasks(features, cls_token, task_heads, depth.shape[-1])
+    return {"masks from latents, mIoU": mean_iou(mask, segments, len(SEGMENTS)),
+            "depth from latents, relative error": ((read - depth).abs() / depth).mean().item()}, (mask, read)
+
+
+def score_latents(heads, z_train, z_test, tokens_test, train_labels, test_labels, num_classes):
+    """Figures of latents (N, C, h, w): how near the MLPs bring them to the teacher, how linear the classes are."""
+    patch, cls = in_batches(heads, z_test)
+    patch_target, cls_target = heads.standardize(*tokens_test)
+    accuracy = linear_probe(z_train.flatten(1), train_labels, z_test.flatten(1), test_labels, num_classes)
+    return {"cosine to the teacher, patches": F.cosine_similarity(patch, patch_target, dim=-1).mean().item(),
+            "cosine to the teacher, class token": F.cosine_similarity(cls, cls_target, dim=-1).mean().item(),
+            "linear probe on latents, accuracy": accuracy}
+
+
 def report(cfg):
     """Stage report: figures and pictures of both arms, report.md, and the table on the terminal."""
     started, out, device = time.time(), Path(cfg.out), device_of_process()
     arms = {"plain": out / "plain", "aligned": out / "aligned"}
-    for name, arm in arms.items():
+    for arm in arms.values():
         for path in (autoencoder_folder(arm) / "config.json", arm / "latents" / "meta.json", arm / "samples.npz"):
             if not path.is_file():
                 stop(f"{path} not found: python train.py --out {out} makes what the report compares")
     test, train = open_data(cfg, "test"), open_data(dataclasses.replace(cfg, scenes=min(cfg.scenes, 8000)), "train")
-    dense, num_classes = cfg.data == "scenes", len(test.classes)
-    teacher, evaluator = load_teacher(out / "teacher").to(device), Evaluator(num_classes).to(device)
+    teacher, evaluator = load_teacher(out / "teacher").to(device), Evaluator(len(test.classes)).to(device)
     evaluator.load_state_dict(load_weights(out / "evaluator" / "evaluator.safetensors"))
     evaluator.eval()
-    task_heads = load_task_heads(out / "teacher")
+    task_heads = load_task_heads(out / "teacher")                                # None where the data has no such truth
+    if task_heads is not None:
+        task_heads = [head.to(device) for head in task_heads]
 
-    test_images, test_labels, *truth = (torch.cat(part) for part in zip(*all_batches(test, 500)))
-    count = min(len(train), 8000)
-    step = len(train) // count                                                   # a folder lists class after class
-    subset = torch.arange(0, step * count, step)
-    train_images, train_labels, *_ = (torch.cat(part) for part in zip(*all_batches(train, 500, subset.tolist())))
+    test_images, test_labels, *truth = (torch.cat(part).to(device) for part in zip(*all_batches(test, 500)))
+    subset = range(0, len(train), max(1, len(train) // 8000))                    # a folder lists class after class
+    train_images, train_labels, *_ = (torch.cat(part).to(device) for part in zip(*all_batches(train, 500, subset)))
     x_test, x_train = to_float(test_images, device), to_float(train_images, device)
-    test_labels, train_labels = test_labels.to(device), train_labels.to(device)
-    features = lambda x: in_batches(lambda b: evaluator(b)[0], x)
-    real = features(x_test)
-    patch_test, cls_test = in_batches(lambda b: teacher_tokens(teacher, b), x_test)
-    table, pictures = {}, {"original": test_images}
-    masks = {}
+    real, real_logits = in_batches(evaluator, x_test)
+    tokens_test = in_batches(lambda x: teacher_tokens(teacher, x), x_test)
+    table, pictures, read = {}, {"original": test_images}, {}
     for name, arm in arms.items():
         folder = autoencoder_folder(arm)
         autoencoder = load_autoencoder(folder).to(device)
-        z_test = in_batches(lambda b: autoencoder.encode(b).latent_dist.mean, x_test)
-        latents = Latents(dataclasses.replace(cfg, out=str(arm)), folder)
-        z_train = latents.__getitems__([(i, False) for i in subset.tolist()])[0].chunk(2, dim=1)[0].to(device)
-        rec = in_batches(lambda b: autoencoder.decode(b).sample.clamp(-1, 1), z_test)
+        z_test = in_batches(lambda x: autoencoder.encode(x).latent_dist.mean, x_test)
+        moments, _ = Latents(dataclasses.replace(cfg, out=str(arm)), folder).__getitems__([(i, False) for i in subset])
+        z_train = moments.chunk(2, dim=1)[0].to(device)
         if (folder / "heads.safetensors").is_file():
             heads = load_heads(folder).to(device)
         else:
-            config = dict(json.loads((autoencoder_folder(arms["aligned"]) / "heads.json").read_text()))
             torch.manual_seed(cfg.seed)
-            heads = align.AlignmentHeads(**config).to(device)
-            tokens = in_batches(lambda b: teacher_tokens(teacher, b), x_train)
+            heads = align.AlignmentHeads(**load_heads(autoencoder_folder(arms["aligned"])).config).to(device)
+            tokens = in_batches(lambda x: teacher_tokens(teacher, x), x_train)
             heads.fit_statistics(*tokens)
             heads = fit_heads(heads, z_train, *tokens, cfg.seed)
-        rec_feats = features(to_float(to_uint8(rec), device))
-        mse = (rec - x_test).square().flatten(1).mean(1)
-        row = {"PSNR of reconstructions, dB": (10 * torch.log10(4 / mse)).mean().item()}
-        patch, cls = in_batches(heads, z_test)
-        patch_target, cls_target = heads.standardize(patch_test, cls_test)
-        row["cosine to the teacher, patches"] = F.cosine_similarity(patch, patch_target, dim=-1).mean().item()
-        row["cosine to the teacher, class token"] = F.cosine_similarity(cls, cls_target, dim=-1).mean().item()
-        row["linear probe on latents, accuracy"] = linear_probe(z_train.flatten(1), train_labels, z_test.flatten(1),
-                                                                test_labels, num_classes)
-        row["FD of reconstructions"] = frechet(rec_feats, real)
-        for suffix, label in (("", "no guidance"), ("-guided", f"guidance {cfg.cfg_scale}")):
-            with np.load(arm / f"samples{suffix}.npz") as archive:
-                samples, wanted = (torch.from_numpy(archive[name]) for name in ("arr_0", "arr_1"))
-            samples = samples.permute(0, 3, 1, 2)
-            feats, logits = in_batches(evaluator, to_float(samples, device))
-            row[f"FD of samples, {label}"] = frechet(feats, real)
-            row[f"FD of samples to own reconstructions, {label}"] = frechet(feats, rec_feats)
-            row[f"class accuracy of samples, {label}"] = (logits.argmax(1).cpu() == wanted).float().mean().item()
-            pictures[f"{name}{suffix}"] = samples, wanted
-        if dense:
-            feature_map, cls_token = in_batches(heads.feature_map, z_test), in_batches(heads.class_token, z_test)
-            mask, depth = read_tasks(feature_map, cls_token, task_heads, cfg.image_size)
-            row["masks from latents, mIoU"] = mean_iou(mask, truth[0], len(SEGMENTS))
-            row["depth from latents, relative error"] = ((depth - truth[1]).abs() / truth[1]).mean().item()
-            masks[name] = mask, depth
+        rec = in_batches(lambda z: to_uint8(autoencoder.decode(z).sample), z_test)
+        mse = (to_float(rec, device) - x_test).square().flatten(1).mean(1)
+        rec_feats, _ = in_batches(evaluator, to_float(rec, device))
+        row = {"PSNR of reconstructions, dB": (10 * torch.log10(4 / mse)).mean().item(),
+               "FD of reconstructions": frechet(rec_feats, real)}
+        row.update(score_latents(heads, z_train, z_test, tokens_test, train_labels, test_labels, len(test.classes)))
+        pictures[f"{name} reconstruction"] = rec
+        for suffix, label in (("", "no guidance"), ("-guided", f"guidance {cfg.cfg_scale:g}")):
+            path = arm / f"samples{suffix}.npz"
+            figures, pictures[name + suffix] = score_samples(path, evaluator, real, rec_feats, label)
+            row.update(figures)
+        if task_heads is not None:
+            features = in_batches(heads.feature_map, z_test), in_batches(heads.class_token, z_test)
+            figures, read[name] = score_tasks(*features, task_heads, *truth)
+            row.update(figures)
         table[name] = row
-        pictures[f"{name} reconstruction"] = to_uint8(rec)
-    # what real images score, as the end of the scale
-    _, logits = in_batches(evaluator, x_test)
-    reference = {"FD of samples, no guidance": frechet(features(x_train[:len(x_test)] if dense else x_train), real),
-                 "class accuracy of samples, no guidance": (logits.argmax(1) == test_labels).float().mean().item()}
-    if dense:
+    # the end of the scale: what real images score, and what the teacher reads off the images themselves
+    some = torch.randperm(len(x_train), generator=generator(cfg.seed, 3))[:len(x_test)]
+    others, _ = in_batches(evaluator, x_train[some.to(device)])
+    ideal = {"FD of samples, no guidance": frechet(others, real),
+             "class accuracy of samples, no guidance": (real_logits.argmax(1) == test_labels).float().mean().item()}
+    if task_heads is not None:
         side = cfg.image_size // teacher.patch_size
-        feature_map = patch_test.transpose(1, 2).unflatten(2, (side, side))
-        mask, depth = read_tasks(feature_map, cls_test, task_heads, cfg.image_size)
-        reference["masks from latents, mIoU"] = mean_iou(mask, truth[0], len(SEGMENTS))
-        reference["depth from latents, relative error"] = ((depth - truth[1]).abs() / truth[1]).mean().item()
-        masks["teacher"] = mask, depth
-    write_json({**table, "real images, teacher": reference}, out / "report.json")
-    draw_report(cfg, out, test, test_labels.cpu(), pictures, masks, truth)
-    write_report(cfg, out, table, reference, time.time() - started)
+        features = tokens_test[0].transpose(1, 2).unflatten(2, (side, side))
+        figures, read["teacher"] = score_tasks(features, tokens_test[1], task_heads, *truth)
+        ideal.update(figures)
+    write_json({**table, "real images, teacher": ideal}, out / "report.json")
+    draw_report(out, test.classes, test_labels.cpu(), pictures, read, truth)
+    write_report(cfg, out, table, ideal, time.time() - started)
 
 
-def draw_report(cfg, out, test, labels, pictures, masks, truth):
+def draw_report(out, classes, labels, pictures, read, truth):
     """The report's pictures: real.png, reconstructions.png, samples.png, samples-guided.png, tasks.png, curves.png."""
-    shown = min(10, len(test.classes))
+    shown = min(10, len(classes))
     rows = by_class(torch.arange(len(labels)), labels, shown, 8)
     save_picture(sheet({"held-out images": pictures["original"][rows]}), out / "real.png")
     save_picture(sheet({"original": pictures["original"][rows], "plain": pictures["plain reconstruction"][rows],
                         "aligned": pictures["aligned reconstruction"][rows]}), out / "reconstructions.png")
     for suffix in ("", "-guided"):
-        save_picture(sheet({f"{name}{suffix.replace('-', ', ')}": by_class(*pictures[name + suffix], shown, 10)
+        save_picture(sheet({name + suffix.replace("-", ", "): by_class(*pictures[name + suffix], shown, 10)
                             for name in ("plain", "aligned")}), out / f"samples{suffix}.png")
-    if masks:
-        columns, rows = {"held-out image": pictures["original"][rows[:, :3]]}, rows[:, :3]
-        color = lambda mask: align.colorize_mask(mask[rows].flatten(0, 1).cpu(), len(SEGMENTS)).unflatten(0, rows.shape)
-        shade = lambda depth: align.colorize_depth(depth[rows].flatten(0, 1).cpu(), NEAR, FAR).unflatten(0, rows.shape)
-        columns["mask, exact"] = color(truth[0])
-        columns.update({f"mask, {name}": color(mask) for name, (mask, _) in masks.items()})
-        columns["depth, exact"] = shade(truth[1])
-        columns.update({f"depth, {name}": shade(depth) for name, (_, depth) in masks.items()})
+    if read:
+        rows = rows[:, :3]
+        columns, read = {"held-out image": pictures["original"][rows]}, {"exact": truth, **read}
+        for name, (mask, _) in read.items():
+            columns[f"mask, {name}"] = align.colorize_mask(mask[rows.flatten()], len(SEGMENTS)).unflatten(0, rows.shape)
+        for name, (_, depth) in read.items():
+            columns[f"depth, {name}"] = align.colorize_depth(depth[rows.flatten()], NEAR, FAR).unflatten(0, rows.shape)
         save_picture(sheet(columns), out / "tasks.png")
     curves = {}
     for name, stages in (("plain", ("vae", "sit")), ("aligned", ("align", "sit"))):
@@ -1211,7 +1221,7 @@ def draw_report(cfg, out, test, labels, pictures, masks, truth):
     save_picture(plot(curves), out / "curves.png")
 
 
-def write_report(cfg, out, table, reference, seconds):
+def write_report(cfg, out, table, ideal, seconds):
     """report.md, and its table on the terminal."""
     plain, aligned = table["plain"], table["aligned"]
     lines = ["| | plain | aligned | change | real images, teacher |", "|---|---|---|---|---|"]
@@ -1219,7 +1229,7 @@ def write_report(cfg, out, table, reference, seconds):
         change = f"{aligned[name] - plain[name]:+.3f}"
         if name.startswith("FD"):
             change = f"{100 * (aligned[name] / plain[name] - 1):+.0f} %"
-        last = f"{reference[name]:.3f}" if name in reference else ""
+        last = f"{ideal[name]:.3f}" if name in ideal else ""
         lines.append(f"| {name} | {plain[name]:.3f} | {aligned[name]:.3f} | {change} | {last} |")
     fd = "FD of samples, no guidance"
     gain = 100 * (1 - aligned[fd] / plain[fd])
@@ -1232,8 +1242,8 @@ def write_report(cfg, out, table, reference, seconds):
     text = [f"# Plain and aligned latents: {cfg.data}, seed {cfg.seed}", "", *lines, "", verdict, "",
             "FD is the Frechet distance of the features of this run's own evaluator network to held-out images: it is "
             "no FID and compares with nothing outside this run. The last column gives what real images score, masks "
-            "and depth that the teacher itself reads off the images. Cosines are of features standardised per channel. The "
-            "plain autoencoder's MLPs were fitted afterwards, to its frozen latents.", ""]
+            "and depth that the teacher itself reads off the images. Cosines are of features standardised per channel. "
+            "The plain autoencoder's MLPs were fitted afterwards, to its frozen latents.", ""]
     text += ["| phase | seconds |", "|---|---|"] + [f"| {name} | {value:.0f} |" for name, value in timings.items()]
     text += ["", *(f"![{name}]({name})\n" for name in shown)]
     with atomic_file(out / "report.md") as file:

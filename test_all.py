@@ -554,7 +554,7 @@ def command(*words, check=True, processes=1, **env):
     return done
 
 
-SMALL = ["--scenes", 240, "--channels", 8, 16, 16, "--align-hidden", 16, "--batch-size", 8]
+SMALL = ["--scenes", 240, "--latent-channels", 4, "--channels", 8, 16, 16, "--align-hidden", 16, "--batch-size", 8]
 
 
 @pytest.fixture(scope="session")
@@ -765,6 +765,9 @@ def test_bad_data_is_refused(tmp_path, kind, says):
     data = broken_data(tmp_path, kind)
     line = refused("train.py", "--stage", "vae", "--data", data, "--out", tmp_path / "run", "--steps", 2, *SMALL)
     assert says in line and str(data) in line
+    if kind != "broken image":                                                   # the chain says so before it starts
+        assert says in refused("train.py", "--data", data, "--out", tmp_path / "chain")
+        assert not (tmp_path / "chain").exists()
     assert not (tmp_path / "run" / "vae" / "config.json").exists()
 
 

@@ -427,9 +427,14 @@ class StepSampler:
             yield keys
 
 
+def as_it_is(batch):
+    """The collate function of data sets that return whole batches."""
+    return batch
+
+
 def load_batches(data, sampler, workers):
     """Iterate over batches of a data set; a sampler yields lists of (index, flip)."""
-    return iter(DataLoader(data, batch_sampler=sampler, num_workers=workers, collate_fn=lambda batch: batch,
+    return iter(DataLoader(data, batch_sampler=sampler, num_workers=workers, collate_fn=as_it_is,
                            pin_memory=torch.cuda.is_available()))
 
 
@@ -548,9 +553,10 @@ class Run:
                 file.write("".join(json.dumps(line) + "\n" for line in lines).encode())
 
     def lines(self):
-        """The log so far."""
+        """The log so far; a line that was cut off by a kill does not count."""
         path = self.folder / "log.jsonl"
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+        text = path.read_text() if path.is_file() else ""
+        return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
     def learning_rate(self):
         """Linear warm-up, then a cosine from lr to lr * decay."""
@@ -1258,7 +1264,7 @@ def write_report(cfg, out, table, ideal, seconds):
 # ---------------------------------------------------------------------------------------------------------------------
 # The chain: every stage is a command that could be typed; two run side by side on a CPU
 
-def chain(cfg, argv):
+def chain(cfg):
     """All stages for both arms. What is done already is not done again."""
     if process()[2] > 1:
         stop("the chain starts its own processes: run it without torchrun, or one --stage at a time with it")
@@ -1333,9 +1339,16 @@ def run_jobs(jobs, out):
 
 
 def main(argv=None):
+    """Run what the flags say: one stage, or all of them."""
     cfg = parse_arguments(argv)
-    if cfg.stage is None:
-        return chain(cfg, argv)
+    try:
+        run_stage(cfg) if cfg.stage else chain(cfg)
+    except DataError as error:
+        stop(str(error).splitlines()[-1].split("DataError: ")[-1])               # a worker's error comes with its traceback
+
+
+def run_stage(cfg):
+    """One stage, in this process of perhaps several."""
     cfg = resolve(cfg, cfg.stage)
     if cfg.steps and cfg.batch_size % process()[2]:
         stop(f"--batch-size {cfg.batch_size} is that of all processes: it does not divide by {process()[2]}")
@@ -1343,12 +1356,8 @@ def main(argv=None):
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     if torch.cuda.is_available():
         torch.cuda.set_device(device_of_process())
-    try:
-        {"teacher": train_classifier, "evaluator": train_classifier, "vae": train_autoencoder,
-         "align": train_autoencoder, "latents": encode_latents, "sit": train_diffusion, "dit": train_diffusion,
-         "report": report}[cfg.stage](cfg)
-    except DataError as error:
-        stop(str(error).splitlines()[-1].removeprefix("train.DataError: "))
+    {"teacher": train_classifier, "evaluator": train_classifier, "vae": train_autoencoder, "align": train_autoencoder,
+     "latents": encode_latents, "sit": train_diffusion, "dit": train_diffusion, "report": report}[cfg.stage](cfg)
     if process()[2] > 1:
         dist.destroy_process_group()
 

@@ -1338,15 +1338,6 @@ def run_jobs(jobs, out):
             write_json(timings, path)
 
 
-def main(argv=None):
-    """Run what the flags say: one stage, or all of them."""
-    cfg = parse_arguments(argv)
-    try:
-        run_stage(cfg) if cfg.stage else chain(cfg)
-    except DataError as error:
-        stop(str(error).splitlines()[-1].split("DataError: ")[-1])               # a worker's error comes with its traceback
-
-
 def run_stage(cfg):
     """One stage, in this process of perhaps several."""
     cfg = resolve(cfg, cfg.stage)
@@ -1360,6 +1351,18 @@ def run_stage(cfg):
      "latents": encode_latents, "sit": train_diffusion, "dit": train_diffusion, "report": report}[cfg.stage](cfg)
     if process()[2] > 1:
         dist.destroy_process_group()
+
+
+def main(argv=None):
+    """Run what the flags say: one stage, or all of them."""
+    cfg = parse_arguments(argv)
+    try:
+        if cfg.stage is None:
+            chain(cfg)
+        else:
+            run_stage(cfg)
+    except DataError as error:
+        stop(str(error).splitlines()[-1].split("DataError: ")[-1])               # a worker's error comes with its traceback
 
 
 if __name__ == "__main__":

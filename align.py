@@ -38,11 +38,14 @@ class PatchEmbed(nn.Module):
         return self.proj(x).flatten(2).transpose(1, 2)
 
 
+# === shared by align.py, sit.py and dit.py: begin ===
 class Attention(nn.Module):
     """Multi-head self-attention over T tokens."""
 
     def __init__(self, dim, num_heads):
         super().__init__()
+        if dim % num_heads:
+            raise ValueError(f"width {dim} is not a multiple of num_heads {num_heads}")
         self.num_heads = num_heads
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
@@ -52,6 +55,7 @@ class Attention(nn.Module):
         q, k, v = self.qkv(x).view(N, T, 3, self.num_heads, D // self.num_heads).permute(2, 0, 3, 1, 4)
         x = F.scaled_dot_product_attention(q, k, v)                              # (N, heads, T, D / heads)
         return self.proj(x.transpose(1, 2).reshape(N, T, D))
+# === shared by align.py, sit.py and dit.py: end ===
 
 
 class Mlp(nn.Module):

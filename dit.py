@@ -94,6 +94,7 @@ def modulate(x, shift, scale):
     return x * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
 
 
+# === shared by align.py, sit.py and dit.py: begin ===
 class Attention(nn.Module):
     """Multi-head self-attention over T tokens."""
 
@@ -110,6 +111,7 @@ class Attention(nn.Module):
         q, k, v = self.qkv(x).view(N, T, 3, self.num_heads, D // self.num_heads).permute(2, 0, 3, 1, 4)
         x = F.scaled_dot_product_attention(q, k, v)                              # (N, heads, T, D / heads)
         return self.proj(x.transpose(1, 2).reshape(N, T, D))
+# === shared by align.py, sit.py and dit.py: end ===
 
 
 class Mlp(nn.Module):

@@ -284,15 +284,18 @@ TINY = dict(input_size=8, patch_size=2, in_channels=4, hidden_size=96, depth=2, 
 FAMILIES = {"sit": (sit, sit.SiT), "dit": (dit, dit.DiT)}
 
 
-def shared(path):
-    begin, end = "# === shared by sit.py and dit.py: begin ===\n", "# === shared by sit.py and dit.py: end ===\n"
+def shared(path, files):
+    begin, end = (f"# === shared by {files}: {word} ===\n" for word in ("begin", "end"))
     text = (HERE / path).read_text()
     assert text.count(begin) == text.count(end) == 1, f"{path}: want one begin and one end marker"
     return text.split(begin)[1].split(end)[0]
 
 
-def test_shared_section():
-    assert shared("sit.py") == shared("dit.py"), "the shared sections differ: diff sit.py dit.py"
+def test_shared_sections_are_the_same_text():
+    files = "sit.py and dit.py"
+    assert shared("sit.py", files) == shared("dit.py", files), "the shared sections differ: diff sit.py dit.py"
+    files = "align.py, sit.py and dit.py"
+    assert shared("align.py", files) == shared("sit.py", files) == shared("dit.py", files)
 
 
 @pytest.mark.parametrize("family", ["sit", "dit"])

@@ -98,8 +98,8 @@ DEFAULTS = {                                                                    
     "vae": dict(steps=1400, batch_size=16, lr=3e-3),
     "align": dict(steps=1400, batch_size=16, lr=3e-3),
     "latents": dict(batch_size=256),
-    "sit": dict(steps=1700, batch_size=64, lr=2e-3, model="SiT-Ti/2"),
-    "dit": dict(steps=1700, batch_size=64, lr=2e-3, model="DiT-Ti/2"),
+    "sit": dict(steps=2400, batch_size=64, lr=2e-3, model="SiT-Ti/2"),
+    "dit": dict(steps=2400, batch_size=64, lr=2e-3, model="DiT-Ti/2"),
     "report": dict(),
 }
 

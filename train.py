@@ -633,7 +633,7 @@ LOGARITHMIC = ("mse", "kl", "lpips", "loss", "class_loss", "segment_loss", "dept
 
 
 def plot(panels, size=(300, 200), per_row=3):
-    """Curves over steps as a PIL image: {panel: {curve: [(step, value), ...]}}; LOGARITHMIC names such panels."""
+    """Curves over steps as a PIL image: {panel: {curve: [(step, value), ...]}}. LOGARITHMIC goes by a panel's last word."""
     colors = ((31, 119, 180), (214, 39, 40), (44, 160, 44), (148, 103, 189))
     names = sorted({name for curves in panels.values() for name in curves}, reverse=True)
     font, (width, height) = ImageFont.load_default(11), size
@@ -644,7 +644,7 @@ def plot(panels, size=(300, 200), per_row=3):
         left, top = number % per_row * width + 52, number // per_row * height + 22
         right, bottom = left + width - 66, top + height - 48
         xs, ys = zip(*[point for points in curves.values() for point in points])
-        logarithmic = title in LOGARITHMIC and min(ys) > 0
+        logarithmic = title.split()[-1] in LOGARITHMIC and min(ys) > 0
         scale = math.log10 if logarithmic else float
         low, high = scale(min(ys)), scale(max(ys))
         low, high = (low - 0.5, high + 0.5) if high == low else (low, high)
@@ -660,8 +660,8 @@ def plot(panels, size=(300, 200), per_row=3):
             draw.text((left - 5 - font.getlength(label), y - 7), label, fill=(80, 80, 80), font=font)
         for x in (0, max(xs) // 2, max(xs)):
             label = f"{x} steps" if x == max(xs) else str(x)
-            center = place(x, ys[0])[0] - font.getlength(str(x)) / 2
-            draw.text((center, bottom + 3), label, fill=(80, 80, 80), font=font)
+            start = min(place(x, ys[0])[0] - font.getlength(label) / 2, right + 12 - font.getlength(label))
+            draw.text((start, bottom + 3), label, fill=(80, 80, 80), font=font)
         heights = [place(x, y)[1] for points in curves.values() for x, y in points if x > max(xs) / 2]
         legend = top + 2 if sum(heights) / max(1, len(heights)) > (top + bottom) / 2 else bottom - 30
         for i, (name, points) in enumerate(sorted(curves.items(), reverse=True)):
@@ -1218,12 +1218,12 @@ def draw_report(out, classes, labels, pictures, read, truth):
             columns[f"depth, {name}"] = align.colorize_depth(depth[rows.flatten()], NEAR, FAR).unflatten(0, rows.shape)
         save_picture(sheet(columns), out / "tasks.png")
     curves = {}
-    for name, stages in (("plain", ("vae", "sit")), ("aligned", ("align", "sit"))):
-        for stage in stages:
-            for line in map(json.loads, (out / name / stage / "log.jsonl").read_text().splitlines()):
+    for name in ("plain", "aligned"):
+        for title, folder in (("autoencoder", autoencoder_folder(out / name)), ("SiT", out / name / "sit")):
+            for line in map(json.loads, (folder / "log.jsonl").read_text().splitlines()):
                 for key in ("mse", "kl", "cos_patch", "cos_cls", "loss"):
                     if key in line:
-                        curves.setdefault(key, {}).setdefault(name, []).append((line["step"], line[key]))
+                        curves.setdefault(f"{title} {key}", {}).setdefault(name, []).append((line["step"], line[key]))
     save_picture(plot(curves), out / "curves.png")
 
 

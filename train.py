@@ -633,7 +633,8 @@ LOGARITHMIC = ("mse", "kl", "lpips", "loss", "class_loss", "segment_loss", "dept
 
 
 def plot(panels, size=(300, 200), per_row=3):
-    """Curves over steps as a PIL image: {panel: {curve: [(step, value), ...]}}. LOGARITHMIC goes by a panel's last word."""
+    """Curves over steps as a PIL image: {panel: {curve: [(step, value), ...]}}. A title's last word is looked up in
+    LOGARITHMIC."""
     colors = ((31, 119, 180), (214, 39, 40), (44, 160, 44), (148, 103, 189))
     names = sorted({name for curves in panels.values() for name in curves}, reverse=True)
     font, (width, height) = ImageFont.load_default(11), size
@@ -1362,7 +1363,7 @@ def main(argv=None):
         else:
             run_stage(cfg)
     except DataError as error:
-        stop(str(error).splitlines()[-1].split("DataError: ")[-1])               # a worker's error comes with its traceback
+        stop(str(error).splitlines()[-1].split("DataError: ")[-1])               # a worker's comes with its traceback
 
 
 if __name__ == "__main__":

@@ -1,12 +1,15 @@
 """Sample a trained run: images in ADM's .npz and a picture; masks, depth and features of the generated latents.
 
     python sample.py --run runs/scenes/aligned --num 60 --out samples.npz --tasks segmentation depth features
-    torchrun --nproc_per_node=8 sample.py --run runs/NAME --num 50000 --out samples.npz
+    torchrun --nproc_per_node=8 -- sample.py --run runs/NAME --num 50000 --out samples.npz
+
+The "--" keeps torchrun from reading --run and --num as abbreviations of its own flags.
 
 Image i has label i mod num_classes and noise that depends on (seed, i) alone: it is the same in any batch, on any
 number of processes. samples.npz holds arr_0 (N, H, W, 3) uint8 and arr_1 (N,) labels; samples.png shows some of them.
 """
 import argparse
+import hashlib
 import json
 import math
 import os
@@ -24,6 +27,32 @@ import align
 import dit
 import sit
 from vae import AutoencoderKL, atomic_file, load_weights
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Processes and mistakes
+
+def process():
+    """(rank, local_rank, world_size), as torchrun sets them; (0, 0, 1) without it."""
+    defaults = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1}
+    return tuple(int(os.environ.get(name, default)) for name, default in defaults.items())
+
+
+def device_of_process():
+    """The GPU of this process, else the CPU."""
+    return torch.device("cuda", process()[1]) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def progress(total, description, unit, initial=0):
+    """A tqdm bar of rank 0. REALS_BAR is its line where stages run side by side."""
+    return tqdm(total=total, desc=description, unit=unit, initial=initial, disable=process()[0] > 0, leave=False,
+                position=int(os.environ.get("REALS_BAR", 0)), mininterval=0.5 if sys.stderr.isatty() else 60)
+
+
+def stop(message):
+    """A mistake of the user: one line, exit status 2."""
+    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+    sys.exit(2)
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Pictures
@@ -77,12 +106,6 @@ def save_picture(picture, path):
 FAMILIES = {"sit": (sit, sit.SiT), "dit": (dit, dit.DiT)}
 
 
-def stop(message):
-    """A mistake of the user: one line, exit status 2."""
-    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
-    sys.exit(2)
-
-
 def load_autoencoder(folder):
     """An autoencoder from a folder of diffusers' layout; stops with one line where there is none."""
     try:
@@ -94,6 +117,24 @@ def load_autoencoder(folder):
 def autoencoder_folder(run):
     """The folder of a run's autoencoder: `align` where there is one, else `vae`."""
     return next((run / name for name in ("align", "vae") if (run / name / "config.json").is_file()), run / "vae")
+
+
+def checksum(folder):
+    """sha256 of the weights of an autoencoder's folder; stops where there are none."""
+    for name in ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin"):
+        if (folder / name).is_file():
+            with open(folder / name, "rb") as file:
+                return hashlib.file_digest(file, "sha256").hexdigest()
+    stop(f"{folder}/diffusion_pytorch_model.safetensors (or .bin) not found: want the folder of an autoencoder")
+
+
+def autoencoder_of(run, family):
+    """The folder of the autoencoder whose latents a run's stage sit or dit was trained on; stops if it has changed."""
+    settings = json.loads((run / family / "settings.json").read_text())
+    folder = Path(settings["vae"]) if Path(settings["vae"]).is_dir() else run / Path(settings["vae"]).name
+    if checksum(folder) != settings["autoencoder"]:
+        stop(f"{folder} is not the autoencoder that {run / family} was trained with: put that one back")
+    return folder
 
 
 def load_diffusion(run, family):
@@ -118,6 +159,8 @@ def load_heads(folder):
 
 def load_task_heads(teacher):
     """(SegmentationHead, DepthHead) that stage teacher wrote into its folder, or None where it had no such labels."""
+    if not teacher.is_dir():
+        stop(f"{teacher} not found: the folder of the teacher that the MLPs were trained with")
     if not (teacher / "segmentation_head.safetensors").is_file():
         return None
     config = json.loads((teacher / "heads.json").read_text())
@@ -176,28 +219,27 @@ def main():
     parser.add_argument("--tasks", nargs="*", default=[], choices=("segmentation", "depth", "features"),
                         help="read these off the generated latents into a picture")
     cfg = parser.parse_args()
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if cfg.num < 1:
-        stop(f"--num {cfg.num}: want at least one image")
+    rank, _, world_size = process()
+    if cfg.num < world_size:
+        stop(f"--num {cfg.num}: want at least one image a process")
+    if cfg.batch_size < 1:
+        stop(f"--batch-size {cfg.batch_size}: want at least one image")
     if cfg.out.suffix != ".npz":
         stop(f"--out {cfg.out}: want a name that ends in .npz")
     if cfg.out.exists():
         stop(f"--out {cfg.out} exists: choose another name or delete it")
     if world_size > 1:
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.cuda.set_device(device)
+    device = device_of_process()
 
     module, model = load_diffusion(cfg.run, cfg.family)
-    folder = autoencoder_folder(cfg.run)
+    folder = autoencoder_of(cfg.run, cfg.family)
     vae = load_autoencoder(folder)
     if vae.config["latent_channels"] != model.in_channels:
         stop(f"{folder} has {vae.config['latent_channels']} latent channels, {cfg.run}/{cfg.family} "
              f"{model.in_channels}: train the diffusion model on latents of this autoencoder")
     if cfg.tasks:
-        heads = load_heads(folder).to(device)
+        heads = load_heads(folder)
         task_heads = load_task_heads(Path(json.loads((folder / "settings.json").read_text())["teacher"]))
         if task_heads is None and set(cfg.tasks) != {"features"}:
             stop("masks and depth need a teacher that was trained with them: --tasks features works without")
@@ -207,8 +249,7 @@ def main():
 
     cfg.out.parent.mkdir(parents=True, exist_ok=True)
     mine, images, latents = range(rank, cfg.num, world_size), [], []
-    bar = tqdm(total=len(mine), desc=f"sample {cfg.run}", unit="image", disable=rank > 0,
-               position=int(os.environ.get("REALS_BAR", 0)), mininterval=0.5 if sys.stderr.isatty() else 30)
+    bar = progress(len(mine), f"sample {cfg.run}", "image")
     for start in range(0, len(mine), cfg.batch_size):
         indices = mine[start:start + cfg.batch_size]
         try:
@@ -230,16 +271,16 @@ def main():
         images, latents, order = (torch.cat(parts) for parts in zip(*gathered))
         images, latents, order = images[order.argsort()], latents[order.argsort()], order.sort().values
     labels = order % model.num_classes
-    with atomic_file(cfg.out) as file:
-        np.savez(file, arr_0=images.permute(0, 2, 3, 1).numpy(), arr_1=labels.numpy())
     shown = min(model.num_classes, 10)
     title = f"samples, guidance {cfg.cfg_scale:g}"
     save_picture(sheet({title: by_class(images, labels, shown, 12)}), cfg.out.with_suffix(".png"))
-    print(f"{cfg.num} images in {cfg.out}, a picture of them in {cfg.out.with_suffix('.png')}")
     if cfg.tasks:
         path = cfg.out.with_name(cfg.out.stem + "-tasks.png")
-        save_picture(task_sheet(cfg.tasks, images, latents, labels, shown, heads.cpu(), task_heads), path)
+        save_picture(task_sheet(cfg.tasks, images, latents, labels, shown, heads, task_heads), path)
         print(f"{', '.join(cfg.tasks)} read off the generated latents in {path}")
+    with atomic_file(cfg.out) as file:                                           # last: where it is, all is done
+        np.savez(file, arr_0=images.permute(0, 2, 3, 1).numpy(), arr_1=labels.numpy())
+    print(f"{cfg.num} images in {cfg.out}, a picture of them in {cfg.out.with_suffix('.png')}")
 
 
 def task_sheet(tasks, images, latents, labels, num_classes, heads, task_heads, per_row=6):

@@ -283,10 +283,12 @@ def sample(model, eps, y, sampler="heun", num_steps=50, cfg_scale=1.0, cfg_inter
 
     sampler "euler" calls the model num_steps times, "heun" 2 num_steps - 1 times (its last step is an Euler step, so
     that no model call is made at t = 1). The noise level of cfg_interval is 1 - t; see `guided`. The official ODE
-    sampler counts the points of the time grid, one more than steps. Raises ValueError for another sampler.
+    sampler counts the points of the time grid, one more than steps. Raises ValueError for another sampler or no step.
     """
     if sampler not in ("euler", "heun"):
         raise ValueError(f"sampler {sampler!r} is not known to SiT: choose euler or heun")
+    if num_steps < 1:
+        raise ValueError(f"num_steps {num_steps} is not possible: SiT samples in at least one step")
 
     def velocity(x, t):
         times = torch.full((x.shape[0],), t, device=x.device, dtype=x.dtype)

@@ -18,11 +18,11 @@ function of (seed, step) or (seed, epoch, index). --batch-size is that of all pr
 """
 import argparse
 import dataclasses
-import hashlib
 import io
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -42,8 +42,8 @@ from tqdm import tqdm
 import align
 import fid
 import vae
-from sample import (FAMILIES, autoencoder_folder, by_class, generate, load_autoencoder, load_heads, load_task_heads,
-                    read_tasks, save_picture, sheet, stop, to_uint8)
+from sample import (FAMILIES, autoencoder_folder, by_class, checksum, device_of_process, generate, load_autoencoder,
+                    load_heads, load_task_heads, process, progress, read_tasks, save_picture, sheet, stop, to_uint8)
 from vae import atomic_file, load_weights, save_safetensors
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -121,9 +121,11 @@ def parse_arguments(argv=None):
 def resolve(cfg, stage):
     """A copy of cfg for one stage, with the stage's defaults. Stops at values that cannot be."""
     cfg = dataclasses.replace(cfg, stage=stage, **{k: v for k, v in DEFAULTS[stage].items() if getattr(cfg, k) is None})
-    for name in ("image_size", "scenes", "steps", "batch_size", "log_every", "save_every"):
-        if getattr(cfg, name) is not None and getattr(cfg, name) < 1:
-            stop(f"--{name.replace('_', '-')} {getattr(cfg, name)}: want at least 1")
+    least = dict(seed=0, workers=0, warmup=0, scenes=20, num_samples=2)
+    for field in dataclasses.fields(cfg):
+        value = getattr(cfg, field.name)
+        if field.type is int and field.name != "disc_start" and value is not None and value < least.get(field.name, 1):
+            stop(f"--{field.name.replace('_', '-')} {value}: want at least {least.get(field.name, 1)}")
     if cfg.save_every % cfg.log_every:
         stop(f"--save-every {cfg.save_every} is not a multiple of --log-every {cfg.log_every}")
     return cfg
@@ -349,13 +351,20 @@ class ImageFolder:
             found = [p.relative_to(self.path) for p in self.path.rglob("*")]
             names = [p.as_posix() + ("/" if (self.path / p).is_dir() else "") for p in found]
         else:
-            with zipfile.ZipFile(self.path) as archive:
-                names = archive.namelist()
+            try:
+                with zipfile.ZipFile(self.path) as archive:
+                    names = archive.namelist()
+            except zipfile.BadZipFile as error:
+                raise DataError(f"--data {path} is a broken .zip ({error}): fetch it anew") from None
         names = [n for n in names if not any(part.startswith((".", "__MACOSX")) for part in n.split("/"))]
         splits = any(n.startswith("train/") for n in names) and any(n.startswith("test/") for n in names)
         prefix = f"{split}/" if splits else ""
         inside = [n[len(prefix):] for n in names if n.startswith(prefix)]
         self.classes = tuple(sorted({n.split("/")[0] for n in inside if "/" in n}))
+        other = {n.split("/")[1] for n in names if n.startswith(("train/", "test/")) and n.count("/") > 1}
+        if splits and other != set(self.classes):
+            raise DataError(f"--data {path}: train and test have other classes, {sorted(other - set(self.classes))}: "
+                            "give both the same class folders")
         if not self.classes:
             raise DataError(f"--data {path} has no class folders: put the images of each class into its folder")
         groups = {name: [] for name in self.classes}
@@ -387,7 +396,7 @@ class ImageFolder:
             name, label = self.files[index]
             try:
                 image = center_crop(Image.open(io.BytesIO(self.read(name))).convert("RGB"), self.size)
-            except (OSError, ValueError, SyntaxError, zipfile.BadZipFile) as error:
+            except Exception as error:                                           # Pillow and zipfile raise many kinds
                 raise DataError(f"{self.path}: {name} cannot be read ({error}): mend or remove it") from None
             images.append(image[:, ::-1] if flip else image)
             labels.append(label)
@@ -442,7 +451,7 @@ def all_batches(data, size, indices=None):
     """Every image once and unflipped, in order, in batches of `size`."""
     indices = range(len(data)) if indices is None else indices
     for start in range(0, len(indices), size):
-        yield data.__getitems__([(i, False) for i in indices[start:start + size]])
+        yield data.__getitems__([(int(i), False) for i in indices[start:start + size]])
 
 
 def to_float(images, device):
@@ -453,27 +462,10 @@ def to_float(images, device):
 # ---------------------------------------------------------------------------------------------------------------------
 # Processes, randomness, progress, logs, checkpoints
 
-def process():
-    """(rank, local_rank, world_size), as torchrun sets them; (0, 0, 1) without it."""
-    defaults = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1}
-    return tuple(int(os.environ.get(name, default)) for name, default in defaults.items())
-
-
-def device_of_process():
-    """The GPU of this process, else the CPU."""
-    return torch.device("cuda", process()[1]) if torch.cuda.is_available() else torch.device("cpu")
-
-
 def barrier():
     """Wait for all processes."""
     if process()[2] > 1:
         dist.barrier()
-
-
-def progress(total, description, unit, initial=0):
-    """A tqdm bar of rank 0. REALS_BAR is its line where stages run side by side."""
-    return tqdm(total=total, desc=description, unit=unit, initial=initial, disable=process()[0] > 0, leave=False,
-                position=int(os.environ.get("REALS_BAR", 0)), mininterval=0.5 if sys.stderr.isatty() else 60)
 
 
 def generator(*key, device="cpu"):
@@ -506,12 +498,12 @@ def write_json(value, path):
         file.write((json.dumps(value, indent=2) + "\n").encode())
 
 
-def claim_folder(cfg, *names):
-    """OUT/STAGE, with the stage's settings in settings.json: those of Config that `names` lists, and the common ones.
+def claim_folder(cfg, *names, **facts):
+    """OUT/STAGE and the stage's settings: `facts`, what Config has of `names`, and what is common to all stages.
     Stops where the folder holds a run with other settings."""
     folder = Path(cfg.out) / cfg.stage
     common = ("stage", "data", "scenes", "seed", "image_size", "steps", "batch_size")
-    settings = json.loads(json.dumps({name: getattr(cfg, name) for name in common + names}))
+    settings = json.loads(json.dumps({**{name: getattr(cfg, name) for name in common + names}, **facts}))
     path = folder / "settings.json"
     if path.is_file():
         before = json.loads(path.read_text())
@@ -519,11 +511,16 @@ def claim_folder(cfg, *names):
             if before.get(name) != settings[name]:
                 stop(f"{folder} holds a run with {name} = {before.get(name)}, not {settings[name]}: "
                      "choose another --out, or delete it")
+    return folder, settings
+
+
+def write_settings(folder, settings):
+    """Mark a folder as belonging to a run with these settings, once all of them are known to work."""
     barrier()
     if process()[0] == 0:
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(settings, path)
-    return folder
+        write_json(settings, folder / "settings.json")
+    barrier()
 
 
 OPTIMISER = ("lr", "warmup", "decay")                                            # settings of a stage that trains
@@ -533,17 +530,18 @@ AUTOENCODER = ("channels", "layers_per_block", "norm_groups", "latent_channels")
 class Run:
     """A training run in a folder: resumes from checkpoint.pt, sets the learning rate, averages and writes the log.
 
-        run = Run(cfg, folder, net=net, opt=opt)          modules and optimisers that a checkpoint holds
+        run = Run(cfg, folder, settings, net=net, opt=opt)          modules and optimisers that a checkpoint holds
         for step, batch in run.steps(data):
             ...                                           one optimiser step
             run.log(loss=loss)                            scalars without gradient; averaged over steps and processes
     """
 
-    def __init__(self, cfg, folder, **parts):
+    def __init__(self, cfg, folder, settings, **parts):
+        write_settings(folder, settings)
         self.cfg, self.folder, self.parts, self.step, self.sums = cfg, folder, parts, 0, {}
         path = folder / "checkpoint.pt"
         if path.is_file():
-            state = torch.load(path, map_location=device_of_process(), weights_only=True)
+            state = torch.load(path, map_location="cpu", weights_only=True)
             self.step = state["step"]
             for name, part in parts.items():
                 part.load_state_dict(state[name])
@@ -578,6 +576,8 @@ class Run:
                         group["lr"] = self.learning_rate()
                 yield self.step, batch
                 self.step += 1
+                if os.getppid() != int(os.environ.get("REALS_PARENT", os.getppid())):
+                    sys.exit("the chain was killed: its stages end too, so that it can be started again")
                 bar.update()
                 if self.step % cfg.log_every == 0 or self.step == cfg.steps:
                     self.write_log(bar, (self.step - first) / (time.time() - start))
@@ -736,19 +736,21 @@ def train_classifier(cfg):
     """Stages teacher and evaluator. The evaluator has another seed, so other batches, and degraded images."""
     if cfg.stage == "evaluator":
         cfg = dataclasses.replace(cfg, seed=cfg.seed + 1000)
-    folder = claim_folder(cfg, *OPTIMISER)
+    folder, settings = claim_folder(cfg, *OPTIMISER)
     weights = "dinov2.safetensors" if cfg.stage == "teacher" else "evaluator.safetensors"
     if finished(folder, weights):
         return
     device, data = device_of_process(), open_data(cfg, "train")
     torch.manual_seed(cfg.seed)
     if cfg.stage == "teacher":
+        if cfg.image_size % 4:
+            stop(f"--image-size {cfg.image_size} does not divide into the teacher's patches of 4 x 4")
         net = Teacher(cfg.image_size, len(data.classes), dense=cfg.data == "scenes").to(device)
     else:
         net = Evaluator(len(data.classes)).to(device)
     model = DDP(net) if process()[2] > 1 else net
     opt = torch.optim.AdamW(net.parameters(), lr=cfg.lr, weight_decay=0.05)
-    run = Run(cfg, folder, net=net, opt=opt)
+    run = Run(cfg, folder, settings, net=net, opt=opt)
     for step, (images, labels, *dense) in run.steps(data):
         x, labels, rng = to_float(images, device), labels.to(device), Draws(cfg, step, device)
         if cfg.stage == "teacher":
@@ -821,9 +823,15 @@ def train_autoencoder(cfg):
         cfg = dataclasses.replace(cfg, teacher=cfg.teacher or str(Path(cfg.out) / "teacher"))
         names += ("teacher", "align_weight", "align_hidden", "fold", "pool")
         teacher = load_teacher(cfg.teacher)
-    folder, device = claim_folder(cfg, *names), device_of_process()
+    (folder, settings), device = claim_folder(cfg, *names), device_of_process()
     if finished(folder, "config.json"):
         return
+    grid = cfg.image_size >> (len(cfg.channels) - 1)                             # cells of a latent, a side
+    if grid << (len(cfg.channels) - 1) != cfg.image_size:
+        stop(f"--image-size {cfg.image_size} is not halved {len(cfg.channels) - 1} times without rest: see --channels")
+    if aligned and (grid % cfg.fold or grid // cfg.fold * teacher.patch_size != cfg.image_size):
+        stop(f"latents of {grid} x {grid} with --fold {cfg.fold} do not fit the teacher's patches of "
+             f"{teacher.patch_size} pixels in {cfg.image_size}: choose --channels or --fold so that there is one token a patch")
     data = open_data(cfg, "train")
     torch.manual_seed(cfg.seed)
     try:
@@ -836,8 +844,9 @@ def train_autoencoder(cfg):
     if aligned:
         teacher.to(device)
         heads = align.AlignmentHeads(cfg.latent_channels, teacher.embed_dim, cfg.align_hidden, cfg.fold, cfg.pool)
-        images, *_ = next(all_batches(data, 2048, range(0, len(data), max(1, len(data) // 2048))))
-        heads.to(device).fit_statistics(*teacher_tokens(teacher, to_float(images, device)))
+        rows = np.linspace(0, len(data) - 1, min(len(data), 2048)).astype(int)
+        tokens = [teacher_tokens(teacher, to_float(images, device)) for images, *_ in all_batches(data, 256, rows)]
+        heads.to(device).fit_statistics(*(torch.cat(part) for part in zip(*tokens)))
     net = AlignedAutoencoder(autoencoder, heads).to(device)
     model = DDP(net) if process()[2] > 1 else net
     opt = torch.optim.AdamW(net.parameters(), lr=cfg.lr, betas=(0.9, 0.99), weight_decay=0.0)
@@ -849,8 +858,7 @@ def train_autoencoder(cfg):
         d_model = DDP(discriminator) if process()[2] > 1 else discriminator
         d_opt = torch.optim.AdamW(discriminator.parameters(), lr=cfg.lr, betas=(0.5, 0.9), weight_decay=0.0)
         parts.update(discriminator=discriminator, d_opt=d_opt)
-    run = Run(cfg, folder, **parts)
-    grid = cfg.image_size >> (len(cfg.channels) - 1)
+    run = Run(cfg, folder, settings, **parts)
     for step, (images, *_) in run.steps(data):
         x, gan = to_float(images, device), bool(cfg.disc_weight) and step >= cfg.disc_start
         if gan:
@@ -919,12 +927,6 @@ def measure_latents(autoencoder, data, device, count=4096):
 # ---------------------------------------------------------------------------------------------------------------------
 # Stage latents: every training image encoded once
 
-def checksum(path):
-    """sha256 of a file."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def find_autoencoder(cfg):
     """Folder of the run's autoencoder; stops where there is none."""
     folder = Path(cfg.vae) if cfg.vae else autoencoder_folder(Path(cfg.out))
@@ -938,14 +940,14 @@ def encode_latents(cfg):
     """Stage latents: moments.npy (flips, images, 2C, h, w) float16 holds mean and std, labels.npy (images,)."""
     source, device = find_autoencoder(cfg), device_of_process()
     cfg = dataclasses.replace(cfg, vae=str(source))
-    folder = claim_folder(cfg, "vae")
-    identity = {"autoencoder": checksum(source / "diffusion_pytorch_model.safetensors")}
+    folder, settings = claim_folder(cfg, "vae", autoencoder=checksum(source))
     if finished(folder, "meta.json"):
         return
     autoencoder, data = load_autoencoder(source).to(device), open_data(cfg, "train")
     rank, _, world_size = process()
     grid, flips = cfg.image_size >> (len(autoencoder.config["block_out_channels"]) - 1), 2 if data.flip else 1
     shape = (flips, len(data), 2 * autoencoder.config["latent_channels"], grid, grid)
+    write_settings(folder, settings)
     temporary, labels = folder / ".moments.tmp.npy", np.zeros(len(data), dtype=np.int64)
     if rank == 0:
         np.lib.format.open_memmap(temporary, mode="w+", dtype=np.float16, shape=shape)
@@ -969,7 +971,7 @@ def encode_latents(cfg):
         os.replace(temporary, folder / "moments.npy")
         with atomic_file(folder / "labels.npy") as file:
             np.save(file, labels.cpu().numpy())
-        write_json({**identity, "classes": list(data.classes)}, folder / "meta.json")
+        write_json({"autoencoder": settings["autoencoder"], "classes": list(data.classes)}, folder / "meta.json")
     barrier()
 
 
@@ -981,7 +983,7 @@ class Latents:
         if not (folder / "meta.json").is_file():
             stop(f"{folder}/meta.json not found: run train.py --stage latents --out {cfg.out} first")
         meta = json.loads((folder / "meta.json").read_text())
-        if meta["autoencoder"] != checksum(source / "diffusion_pytorch_model.safetensors"):
+        if meta["autoencoder"] != checksum(source):
             stop(f"{folder} was encoded by another autoencoder than {source}: delete it and run --stage latents again")
         self.moments, self.labels = np.load(folder / "moments.npy", mmap_mode="r"), np.load(folder / "labels.npy")
         self.classes, self.flip = meta["classes"], self.moments.shape[0] == 2
@@ -1002,7 +1004,7 @@ def train_diffusion(cfg):
     """Stages sit and dit."""
     source, device = find_autoencoder(cfg), device_of_process()
     cfg = dataclasses.replace(cfg, vae=str(source))
-    folder = claim_folder(cfg, *OPTIMISER, "vae", "model", "ema")
+    folder, settings = claim_folder(cfg, *OPTIMISER, "vae", "model", "ema", autoencoder=checksum(source))
     if finished(folder, "ema.safetensors"):
         return
     autoencoder, data = load_autoencoder(source).to(device), Latents(cfg, source)
@@ -1018,12 +1020,12 @@ def train_diffusion(cfg):
     ema.load_state_dict(net.state_dict())
     model = DDP(net) if process()[2] > 1 else net
     opt = torch.optim.AdamW(net.parameters(), lr=cfg.lr, weight_decay=0.0)
-    run = Run(cfg, folder, net=net, ema=ema.eval(), opt=opt)
+    run = Run(cfg, folder, settings, net=net, ema=ema.eval(), opt=opt)
     for step, (moments, labels) in run.steps(data):
         mean, std = moments.to(device).chunk(2, dim=1)
         y, rng = labels.to(device), Draws(cfg, step, device)
         x = autoencoder.normalize(mean + std * rng.randn(*mean.shape[1:]))
-        eps, drop = rng.randn(*mean.shape[1:]), rng.rand() < 0.1
+        eps, drop = rng.randn(*mean.shape[1:]), rng.rand() < config["class_dropout_prob"]
         t = rng.rand() if cfg.stage == "sit" else rng.randint(1000)
         loss = module.training_loss(model, x, y, t, eps, drop).mean()
         opt.zero_grad()
@@ -1137,9 +1139,13 @@ def report(cfg):
     started, out, device = time.time(), Path(cfg.out), device_of_process()
     arms = {"plain": out / "plain", "aligned": out / "aligned"}
     for arm in arms.values():
-        for path in (autoencoder_folder(arm) / "config.json", arm / "latents" / "meta.json", arm / "samples.npz"):
+        for path in (autoencoder_folder(arm) / "config.json", arm / "latents" / "meta.json", arm / "sit" / "log.jsonl",
+                     arm / "samples.npz", arm / "samples-guided.npz", out / "evaluator" / "evaluator.safetensors"):
             if not path.is_file():
                 stop(f"{path} not found: python train.py --out {out} makes what the report compares")
+    for name, value in json.loads((out / "evaluator" / "settings.json").read_text()).items():
+        if name in ("data", "scenes", "image_size") and value != getattr(cfg, name):
+            stop(f"{out} holds a run with {name} = {value}, not {getattr(cfg, name)}: give the flags of the run")
     test, train = open_data(cfg, "test"), open_data(dataclasses.replace(cfg, scenes=min(cfg.scenes, 8000)), "train")
     teacher, evaluator = load_teacher(out / "teacher").to(device), Evaluator(len(test.classes)).to(device)
     evaluator.load_state_dict(load_weights(out / "evaluator" / "evaluator.safetensors"))
@@ -1186,7 +1192,7 @@ def report(cfg):
             row.update(figures)
         table[name] = row
     # the end of the scale: what real images score, and what the teacher reads off the images themselves
-    some = torch.randperm(len(x_train), generator=generator(cfg.seed, 3))[:len(x_test)]
+    some = torch.randperm(len(x_train), generator=generator(cfg.seed, 3))[:cfg.num_samples]
     others, _ = in_batches(evaluator, x_train[some.to(device)])
     ideal = {"FD of samples, no guidance": frechet(others, real),
              "class accuracy of samples, no guidance": (real_logits.argmax(1) == test_labels).float().mean().item()}
@@ -1272,6 +1278,10 @@ def chain(cfg):
     out = Path(cfg.out)
     given = {f.name: getattr(cfg, f.name) for f in dataclasses.fields(Config) if getattr(cfg, f.name) != f.default}
     given.pop("out")
+    given = json.loads(json.dumps(given))
+    for name in ("vae", "teacher"):
+        if name in given:
+            stop(f"--{name} is for one --stage: the chain makes its own")
     path = out / "config.json"
     if path.is_file() and json.loads(path.read_text()) != given:
         stop(f"{out} holds a run with {json.loads(path.read_text())}, not {given}: choose another --out, or delete it")
@@ -1279,6 +1289,8 @@ def chain(cfg):
         if cfg.data != "scenes":
             ImageFolder(cfg.data, split, 1)                                      # say now what is wrong with the data
     settings = resolve(cfg, "report")
+    for name in DEFAULTS:
+        resolve(cfg, name)                                                       # say now what is wrong with the flags
     out.mkdir(parents=True, exist_ok=True)
     write_json(given, path)
     flags = [word for name, value in given.items()
@@ -1289,14 +1301,14 @@ def chain(cfg):
         extra = ["--teacher", str(out / "teacher")] if name == "align" else []
         return [sys.executable, __file__, "--stage", name, "--out", run, *extra, *flags]
 
-    def samples(run, scale):
+    def samples(run, name, scale):
         tasks = ["--tasks", "features", *(("segmentation", "depth") if cfg.data == "scenes" else ())]
         return [sys.executable, str(Path(__file__).with_name("sample.py")), "--run", run,
-                "--out", f"{run}/samples{'' if scale == 1 else '-guided'}.npz", "--num", str(settings.num_samples),
-                "--num-steps", "8", "--seed", str(cfg.seed), "--cfg-scale", str(scale),
-                *(tasks if run == aligned and scale == 1 else ())]
+                "--out", f"{run}/{name}.npz", "--num", str(settings.num_samples), "--num-steps", "8",
+                "--seed", str(cfg.seed), "--cfg-scale", str(scale),
+                *(tasks if run == aligned and name == "samples" else ())]
 
-    arms, scale = ("plain", "aligned"), settings.cfg_scale
+    arms = ("plain", "aligned")
     jobs = {                                                                     # name: (command, what comes before it)
         "teacher": (stage("teacher", str(out)), ()),
         "plain/vae": (stage("vae", plain), ()),
@@ -1305,8 +1317,8 @@ def chain(cfg):
         **{f"{run}/latents": (stage("latents", str(out / run)), (f"{run}/{vae}",))
            for run, vae in (("plain", "vae"), ("aligned", "align"))},
         **{f"{run}/sit": (stage("sit", str(out / run)), (f"{run}/latents",)) for run in arms},
-        **{f"{run}/samples": (samples(str(out / run), 1), (f"{run}/sit",)) for run in arms},
-        **{f"{run}/samples-guided": (samples(str(out / run), scale), (f"{run}/sit",)) for run in arms},
+        **{f"{run}/{name}": (samples(str(out / run), name, scale), (f"{run}/sit",))
+           for name, scale in (("samples", 1), ("samples-guided", settings.cfg_scale)) for run in arms},
     }
     run_jobs(jobs, out)
     report(settings)
@@ -1315,34 +1327,47 @@ def chain(cfg):
 def run_jobs(jobs, out):
     """Run commands, each when all before it are done; two at once on a CPU. Their seconds go to timings.json."""
     slots = 1 if torch.cuda.is_available() or os.cpu_count() == 1 else 2
-    env = dict(os.environ, OMP_NUM_THREADS=str(max(1, os.cpu_count() // slots)), OMP_WAIT_POLICY="passive")
+    env = dict(os.environ, OMP_NUM_THREADS=str(max(1, os.cpu_count() // slots)), OMP_WAIT_POLICY="passive",
+               REALS_PARENT=str(os.getpid()))
     path = out / "timings.json"
     timings = json.loads(path.read_text()) if path.is_file() else {}
-    done, running = {name for name in jobs if (out / f"{name}.npz").is_file()}, {}
-    while len(done) < len(jobs):
-        for name, (command, before) in jobs.items():
-            if len(running) < slots and name not in done and name not in running and done.issuperset(before):
-                slot = min(set(range(slots)) - {slot for _, slot, _ in running.values()})
-                tqdm.write("$ " + " ".join(["python", *command[1:]]))
-                running[name] = subprocess.Popen(command, env=dict(env, REALS_BAR=str(slot))), slot, time.time()
-        time.sleep(0.1)
-        for name, (child, _, start) in list(running.items()):
-            if child.poll() is None:
-                continue
-            del running[name]
-            if child.returncode:
-                for other, _, _ in running.values():
-                    other.terminate()
-                sys.exit(child.returncode)
+    done, running = set(), {}
+    for name in jobs:                                                            # samples are as good as their weights
+        file, weights = out / f"{name}.npz", out / name.split("/")[0] / "sit" / "ema.safetensors"
+        if file.is_file() and weights.is_file() and weights.stat().st_mtime <= file.stat().st_mtime:
             done.add(name)
-            timings.setdefault(name, round(time.time() - start, 1))
-            write_json(timings, path)
+        elif file.is_file():
+            file.unlink()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))                      # so that `finally` comes to pass
+    try:
+        while len(done) < len(jobs):
+            for name, (command, before) in jobs.items():
+                if len(running) < slots and name not in done | running.keys() and done.issuperset(before):
+                    slot = min(set(range(slots)) - {slot for _, slot, _ in running.values()})
+                    tqdm.write("$ " + " ".join(["python", *command[1:]]))
+                    running[name] = subprocess.Popen(command, env=dict(env, REALS_BAR=str(slot))), slot, time.time()
+            time.sleep(0.1)
+            for name, (child, _, start) in list(running.items()):
+                if child.poll() is None:
+                    continue
+                del running[name]
+                if child.returncode < 0:
+                    sys.exit(f"{name} was killed by signal {-child.returncode}: the same command goes on from here")
+                if child.returncode:                                             # it has said why
+                    sys.exit(child.returncode)
+                done.add(name)
+                timings.setdefault(name, round(time.time() - start, 1))
+                write_json(timings, path)
+    finally:
+        for child, _, _ in running.values():
+            child.terminate()
+            child.wait()
 
 
 def run_stage(cfg):
     """One stage, in this process of perhaps several."""
     cfg = resolve(cfg, cfg.stage)
-    if cfg.steps and cfg.batch_size % process()[2]:
+    if cfg.steps and cfg.batch_size and cfg.batch_size % process()[2]:
         stop(f"--batch-size {cfg.batch_size} is that of all processes: it does not divide by {process()[2]}")
     if process()[2] > 1:
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")

@@ -18,6 +18,7 @@ import inspect
 import json
 import math
 import os
+import pickle
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -262,7 +263,10 @@ class AutoencoderKL(nn.Module):
         model.config = {**config, **model.config}                                # keys unknown here are kept
         for name in ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin"):
             if (folder / name).is_file():
-                model.load_state_dict(load_weights(folder / name))
+                try:
+                    model.load_state_dict(load_weights(folder / name))
+                except RuntimeError as error:
+                    raise ValueError(f"{folder / name} does not fit config.json: {str(error).splitlines()[1]}") from None
                 return model.eval()
         raise FileNotFoundError(f"{folder}/diffusion_pytorch_model.safetensors (or .bin) not found: no weights to load")
 
@@ -441,10 +445,14 @@ def load_safetensors(path):
 
 
 def load_weights(path):
-    """Dict of tensors from .safetensors, or from torch's own format read with weights_only=True (nothing unpickled)."""
+    """Dict of tensors from .safetensors, or from torch's own format read with weights_only=True (nothing unpickled).
+    Raises FileNotFoundError, or ValueError for a file that is damaged or holds more than tensors."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path} not found: want a file of weights")
     if path.suffix == ".safetensors":
         return load_safetensors(path)
-    return torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise ValueError(f"{path} cannot be read: {str(error).splitlines()[0]}: fetch the file anew") from None

@@ -831,7 +831,7 @@ def train_autoencoder(cfg):
         stop(f"--image-size {cfg.image_size} is not halved {len(cfg.channels) - 1} times without rest: see --channels")
     if aligned and (grid % cfg.fold or grid // cfg.fold * teacher.patch_size != cfg.image_size):
         stop(f"latents of {grid} x {grid} with --fold {cfg.fold} do not fit the teacher's patches of "
-             f"{teacher.patch_size} pixels in {cfg.image_size}: choose --channels or --fold so that there is one token a patch")
+             f"{teacher.patch_size} pixels in {cfg.image_size}: one token a patch, by --channels or --fold")
     data = open_data(cfg, "train")
     torch.manual_seed(cfg.seed)
     try:

@@ -266,7 +266,8 @@ class AutoencoderKL(nn.Module):
                 try:
                     model.load_state_dict(load_weights(folder / name))
                 except RuntimeError as error:
-                    raise ValueError(f"{folder / name} does not fit config.json: {str(error).splitlines()[1]}") from None
+                    reason = str(error).splitlines()[-1].strip()
+                    raise ValueError(f"{folder / name} does not fit config.json: {reason}") from None
                 return model.eval()
         raise FileNotFoundError(f"{folder}/diffusion_pytorch_model.safetensors (or .bin) not found: no weights to load")
 

@@ -13,8 +13,8 @@
     sit, dit    latents                      a diffusion transformer: ema.safetensors, config.json
     report      all of these                 report.md and its pictures, in OUT
 
-Every stage stores settings.json, checkpoint.pt, log.jsonl, curves.png and goes on where it was stopped. Randomness is a
-function of (seed, step) or (seed, epoch, index). --batch-size is that of all processes together.
+Every stage writes settings.json; those that train also write checkpoint.pt, log.jsonl and curves.png, and go on from their
+checkpoint. Randomness is a function of (seed, step) or (seed, epoch, index).
 """
 import argparse
 import dataclasses
@@ -92,7 +92,7 @@ class Config:
     cfg_scale: float = flag(1.5, "all stages: guidance of the second set of samples")
 
 
-DEFAULTS = {                                                                     # minutes on two CPU cores
+DEFAULTS = {
     "teacher": dict(steps=450, batch_size=64, lr=2e-3),
     "evaluator": dict(steps=250, batch_size=64, lr=2e-3),
     "vae": dict(steps=1400, batch_size=16, lr=3e-3),
@@ -890,11 +890,13 @@ def train_autoencoder(cfg):
             write_json(heads.config, folder / "heads.json")
             save_safetensors(heads.state_dict(), folder / "heads.safetensors")
         images = next(all_batches(data, 64))[0]
+        per_row = min(8, len(images))
+        images = images[:len(images) // per_row * per_row]
         with torch.no_grad():
             rec = autoencoder.decode(autoencoder.encode(to_float(images, device)).latent_dist.mode()).sample
         (folder / "samples").mkdir(exist_ok=True)
         columns = {"original": images, "reconstruction": to_uint8(rec)}
-        save_picture(sheet({title: x.unflatten(0, (-1, min(8, len(x)))) for title, x in columns.items()}),
+        save_picture(sheet({title: x.unflatten(0, (-1, per_row)) for title, x in columns.items()}),
                      folder / "samples" / "reconstructions.png")
         autoencoder.save_pretrained(folder)
 
@@ -1052,7 +1054,7 @@ SAMPLERS = {"sit": dict(sampler="heun", num_steps=25), "dit": dict(sampler="ddpm
 # Stage report: OUT/plain against OUT/aligned
 
 def linear_probe(train, train_labels, test, test_labels, num_classes):
-    """Test accuracy of multinomial logistic regression on standardised features, trained to the end by L-BFGS."""
+    """Test accuracy of multinomial logistic regression on standardised features, by at most 200 steps of L-BFGS."""
     mean, std = train.mean(0), train.std(0).clamp(min=1e-6)
     train, test = (train - mean) / std, (test - mean) / std
     weight = torch.zeros(train.shape[1] + 1, num_classes, device=train.device, requires_grad=True)
@@ -1069,7 +1071,7 @@ def linear_probe(train, train_labels, test, test_labels, num_classes):
 
 
 def fit_heads(heads, latents, patch_tokens, cls_token, seed, steps=500, batch=64):
-    """Train the MLPs of a plain autoencoder afterwards, on its frozen latents: what alignment would cost without it."""
+    """Train the MLPs of a plain autoencoder afterwards, on its frozen latents: what of the teacher is in them anyway."""
     opt = torch.optim.AdamW(heads.parameters(), lr=2e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(opt, 2e-3, total_steps=steps, pct_start=0.05)
     rng = np.random.default_rng([seed, 2])

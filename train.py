@@ -13,8 +13,8 @@
     sit, dit    latents                      a diffusion transformer: ema.safetensors, config.json
     report      all of these                 report.md and its pictures, in OUT
 
-Every stage writes settings.json; those that train also write checkpoint.pt, log.jsonl and curves.png, and go on from their
-checkpoint. Randomness is a function of (seed, step) or (seed, epoch, index).
+Every stage writes settings.json; those that train also write checkpoint.pt, log.jsonl and curves.png, and go on from
+their checkpoint. Randomness is a function of (seed, step) or (seed, epoch, index).
 """
 import argparse
 import dataclasses
@@ -1071,7 +1071,7 @@ def linear_probe(train, train_labels, test, test_labels, num_classes):
 
 
 def fit_heads(heads, latents, patch_tokens, cls_token, seed, steps=500, batch=64):
-    """Train the MLPs of a plain autoencoder afterwards, on its frozen latents: what of the teacher is in them anyway."""
+    """Train the MLPs of a plain autoencoder afterwards, on its frozen latents: what is in them anyway."""
     opt = torch.optim.AdamW(heads.parameters(), lr=2e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(opt, 2e-3, total_steps=steps, pct_start=0.05)
     rng = np.random.default_rng([seed, 2])

@@ -197,7 +197,7 @@ def generate(module, model, vae, indices, labels, seed, device, **options):
     def noise(step):
         return torch.stack([noise_of(seed, i, step, shape) for i in indices]).to(device)
 
-    if options["sampler"] == "ddpm":
+    if module is dit and options["sampler"] == "ddpm":
         options["noise"] = lambda step: noise(1 + step)
     z = vae.denormalize(module.sample(model, noise(0), labels.to(device), **options))
     return z, vae.decode(z).sample

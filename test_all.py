@@ -585,7 +585,7 @@ def test_the_chain_writes_a_report_with_all_figures_and_pictures(whole):
     assert ("is reached" in text) != ("is not reached" in text)
     for name in text.split("](")[1:]:
         picture = Image.open(whole / name.split(")")[0])
-        assert picture.width > 100 and len(set(picture.resize((50, 50)).getdata())) > 5, f"{name} is blank"
+        assert picture.width > 100 and len(picture.resize((50, 50)).getcolors(2500)) > 5, f"{name} is blank"
     for phase in ("teacher", "evaluator", "plain/vae", "aligned/align", "plain/sit", "aligned/samples", "report"):
         assert f"| {phase} |" in text
 

@@ -87,7 +87,7 @@ def sheet(columns, scale=2, gap=2):
 
 
 def by_class(images, labels, num_classes, per_row):
-    """The first images of every class that has any, per_row or as many as the smallest has: (classes, row, ...)."""
+    """(classes, row, ...) images of the first num_classes classes that have any: per_row, or what the smallest has."""
     counts = torch.bincount(labels, minlength=num_classes)[:num_classes]
     per_row = min(per_row, int(counts[counts > 0].min()))
     rows = [torch.nonzero(labels == k).flatten()[:per_row] for k in range(num_classes) if counts[k]]
@@ -203,7 +203,27 @@ def generate(module, model, vae, indices, labels, seed, device, **options):
     return z, vae.decode(z).sample
 
 
-def main():
+def task_sheet(tasks, images, latents, labels, heads, task_heads):
+    """Picture of images (N, 3, H, W) uint8 beside what the heads read off their latents (N, C, h, w), a row a class."""
+    rows = by_class(torch.arange(len(images)), labels, 10, 6)
+    columns, flat, size = {"generated": images[rows]}, latents[rows.flatten()], images.shape[-1]
+    with torch.no_grad():
+        features, cls_token = heads.feature_map(flat), heads.class_token(flat)
+    if {"segmentation", "depth"} & set(tasks):
+        masks, depth = read_tasks(features, cls_token, task_heads, size)
+    if "segmentation" in tasks:
+        masks = align.colorize_mask(masks, task_heads[0].conv_seg.out_channels)
+        columns["mask"] = masks.unflatten(0, rows.shape)
+    if "depth" in tasks:
+        columns["depth"] = align.colorize_depth(depth, *task_heads[1].bins[[0, -1]]).unflatten(0, rows.shape)
+    if "features" in tasks:
+        rgb = F.interpolate(align.pca_rgb(features), size=(size, size), mode="nearest")
+        columns["features (PCA)"] = rgb.unflatten(0, rows.shape)
+    return sheet(columns)
+
+
+def parse_arguments():
+    """The flags, once they make sense."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--run", type=Path, required=True, help="folder of a run: autoencoder and stage sit or dit")
     parser.add_argument("--family", choices=sorted(FAMILIES), default="sit", help="which diffusion model of the run")
@@ -219,8 +239,7 @@ def main():
     parser.add_argument("--tasks", nargs="*", default=[], choices=("segmentation", "depth", "features"),
                         help="read these off the generated latents into a picture")
     cfg = parser.parse_args()
-    rank, _, world_size = process()
-    if cfg.num < world_size:
+    if cfg.num < process()[2]:
         stop(f"--num {cfg.num}: want at least one image a process")
     if cfg.batch_size < 1:
         stop(f"--batch-size {cfg.batch_size}: want at least one image")
@@ -228,78 +247,66 @@ def main():
         stop(f"--out {cfg.out}: want a name that ends in .npz")
     if cfg.out.exists():
         stop(f"--out {cfg.out} exists: choose another name or delete it")
-    if world_size > 1:
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-    device = device_of_process()
+    cfg.sampler = cfg.sampler or {"sit": "heun", "dit": "ddpm"}[cfg.family]
+    return cfg
 
+
+def sample_all(cfg, module, model, vae, device):
+    """All images (N, 3, H, W) uint8, their latents (N, C, h, w) and labels (N,), on rank 0; None on the others."""
+    rank, _, world_size = process()
+    options = dict(sampler=cfg.sampler, num_steps=cfg.num_steps, cfg_scale=cfg.cfg_scale,
+                   cfg_interval=tuple(cfg.cfg_interval))
+    mine, parts = torch.arange(rank, cfg.num, world_size), []
+    with progress(len(mine), f"sample {cfg.run}", "image") as bar:
+        for indices in mine.split(cfg.batch_size):
+            labels = indices % model.num_classes
+            try:
+                z, x = generate(module, model, vae, indices.tolist(), labels, cfg.seed, device, **options)
+            except ValueError as error:
+                stop(error)
+            parts.append((to_uint8(x).cpu(), z.cpu(), labels, indices))
+            bar.update(len(indices))
+    parts = [torch.cat(part) for part in zip(*parts)]
+    if world_size > 1:
+        gathered = [None] * world_size
+        dist.gather_object(parts, gathered if rank == 0 else None)
+        if rank > 0:
+            return None
+        parts = [torch.cat(part) for part in zip(*gathered)]
+    order = parts.pop().argsort()
+    return [part[order] for part in parts]
+
+
+def main():
+    """Load a run, sample, and let rank 0 write the pictures and then the .npz."""
+    cfg, device = parse_arguments(), device_of_process()
+    if torch.cuda.is_available():
+        torch.cuda.set_device(device)
+    if process()[2] > 1:
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     module, model = load_diffusion(cfg.run, cfg.family)
     folder = autoencoder_of(cfg.run, cfg.family)
-    vae = load_autoencoder(folder)
-    if vae.config["latent_channels"] != model.in_channels:
-        stop(f"{folder} has {vae.config['latent_channels']} latent channels, {cfg.run}/{cfg.family} "
-             f"{model.in_channels}: train the diffusion model on latents of this autoencoder")
     if cfg.tasks:
         heads = load_heads(folder)
         task_heads = load_task_heads(Path(json.loads((folder / "settings.json").read_text())["teacher"]))
         if task_heads is None and set(cfg.tasks) != {"features"}:
             stop("masks and depth need a teacher that was trained with them: --tasks features works without")
-    model, vae = model.to(device), vae.to(device)
-    options = dict(sampler=cfg.sampler or {"sit": "heun", "dit": "ddpm"}[cfg.family], num_steps=cfg.num_steps,
-                   cfg_scale=cfg.cfg_scale, cfg_interval=tuple(cfg.cfg_interval))
-
-    cfg.out.parent.mkdir(parents=True, exist_ok=True)
-    mine, images, latents = range(rank, cfg.num, world_size), [], []
-    bar = progress(len(mine), f"sample {cfg.run}", "image")
-    for start in range(0, len(mine), cfg.batch_size):
-        indices = mine[start:start + cfg.batch_size]
-        try:
-            labels = torch.tensor(indices) % model.num_classes
-            z, x = generate(module, model, vae, indices, labels, cfg.seed, device, **options)
-        except ValueError as error:
-            stop(error)
-        images.append(to_uint8(x).cpu())
-        latents.append(z.cpu())
-        bar.update(len(indices))
-    bar.close()
-    images, latents, order = torch.cat(images), torch.cat(latents), torch.tensor(mine)
-    if world_size > 1:
-        gathered = [None] * world_size
-        dist.gather_object((images, latents, order), gathered if rank == 0 else None)
+    sampled = sample_all(cfg, module, model.to(device), load_autoencoder(folder).to(device), device)
+    if process()[2] > 1:
         dist.destroy_process_group()
-        if rank > 0:
-            return
-        images, latents, order = (torch.cat(parts) for parts in zip(*gathered))
-        images, latents, order = images[order.argsort()], latents[order.argsort()], order.sort().values
-    labels = order % model.num_classes
-    shown = min(model.num_classes, 10)
-    title = f"samples, guidance {cfg.cfg_scale:g}"
-    save_picture(sheet({title: by_class(images, labels, shown, 12)}), cfg.out.with_suffix(".png"))
+    if sampled is None:
+        return
+    images, latents, labels = sampled
+    cfg.out.parent.mkdir(parents=True, exist_ok=True)
+    picture = cfg.out.with_suffix(".png")
+    save_picture(sheet({f"samples, guidance {cfg.cfg_scale:g}": by_class(images, labels, 10, 12)}), picture)
     if cfg.tasks:
         path = cfg.out.with_name(cfg.out.stem + "-tasks.png")
-        save_picture(task_sheet(cfg.tasks, images, latents, labels, shown, heads, task_heads), path)
+        save_picture(task_sheet(cfg.tasks, images, latents, labels, heads, task_heads), path)
         print(f"{', '.join(cfg.tasks)} read off the generated latents in {path}")
     with atomic_file(cfg.out) as file:                                           # last: where it is, all is done
         np.savez(file, arr_0=images.permute(0, 2, 3, 1).numpy(), arr_1=labels.numpy())
-    print(f"{cfg.num} images in {cfg.out}, a picture of them in {cfg.out.with_suffix('.png')}")
-
-
-def task_sheet(tasks, images, latents, labels, num_classes, heads, task_heads, per_row=6):
-    """Picture of images (N, 3, H, W) uint8 beside what the heads read off their latents (N, C, h, w), a row a class."""
-    rows = by_class(torch.arange(len(images)), labels, num_classes, per_row)
-    columns, flat, size = {"generated": images[rows]}, latents[rows.flatten()], images.shape[-1]
-    with torch.no_grad():
-        features, cls_token = heads.feature_map(flat), heads.class_token(flat)
-    if {"segmentation", "depth"} & set(tasks):
-        masks, depth = read_tasks(features, cls_token, task_heads, size)
-    if "segmentation" in tasks:
-        masks = align.colorize_mask(masks, task_heads[0].conv_seg.out_channels)
-        columns["mask"] = masks.unflatten(0, rows.shape)
-    if "depth" in tasks:
-        columns["depth"] = align.colorize_depth(depth, *task_heads[1].bins[[0, -1]]).unflatten(0, rows.shape)
-    if "features" in tasks:
-        rgb = F.interpolate(align.pca_rgb(features), size=(size, size), mode="nearest")
-        columns["features (PCA)"] = rgb.unflatten(0, rows.shape)
-    return sheet(columns)
+    print(f"{cfg.num} images in {cfg.out}, a picture of them in {picture}")
 
 
 if __name__ == "__main__":

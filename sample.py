@@ -5,8 +5,9 @@
 
 The "--" keeps torchrun from reading --run and --num as abbreviations of its own flags.
 
-Image i has label i mod num_classes and noise that depends on (seed, i) alone: it is the same in any batch, on any
-number of processes. samples.npz holds arr_0 (N, H, W, 3) uint8 and arr_1 (N,) labels; samples.png shows some of them.
+Image i has label i mod num_classes and noise that depends on (seed, i) alone: up to float rounding it is the same in
+any batch, on any number of processes. samples.npz holds arr_0 (N, H, W, 3) uint8 and arr_1 (N,) labels; samples.png
+shows some of them.
 """
 import argparse
 import hashlib

@@ -2,12 +2,14 @@
 
     python sample.py --run runs/scenes/aligned --num 60 --out samples.npz --tasks segmentation depth features
     torchrun --nproc_per_node=8 -- sample.py --run runs/NAME --num 50000 --out samples.npz
+    python sample.py --reconstruct images.zip --vae FOLDER --out rec.npz
 
 The "--" keeps torchrun from reading --run and --num as abbreviations of its own flags.
 
 Image i has label i mod num_classes and noise that depends on (seed, i) alone: up to float rounding it is the same in
 any batch, on any number of processes. samples.npz holds arr_0 (N, H, W, 3) uint8 and arr_1 (N,) labels; samples.png
-shows some of them.
+shows some of them. --reconstruct passes images through the autoencoder instead: rec.npz and rec-originals.npz are what
+rFID compares, rec.json has PSNR, SSIM and LPIPS, rec.png shows some.
 """
 import argparse
 import hashlib
@@ -15,6 +17,7 @@ import json
 import math
 import os
 import sys
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +30,7 @@ from tqdm import tqdm
 import align
 import dit
 import sit
-from vae import AutoencoderKL, atomic_file, load_weights
+from vae import LPIPS, AutoencoderKL, atomic_file, load_weights, psnr, ssim
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Processes and mistakes
@@ -43,6 +46,22 @@ def device_of_process():
     return torch.device("cuda", process()[1]) if torch.cuda.is_available() else torch.device("cpu")
 
 
+def barrier():
+    """Wait for all processes."""
+    if process()[2] > 1:
+        dist.barrier()
+
+
+def first_on_node(load):
+    """load() in the first process of every node, then in the others: what it fetches is there for them."""
+    if process()[1] > 0:
+        barrier()
+    loaded = load()
+    if process()[1] == 0:
+        barrier()
+    return loaded
+
+
 def progress(total, description, unit, initial=0):
     """A tqdm bar of rank 0. REALS_BAR is its line where stages run side by side."""
     return tqdm(total=total, desc=description, unit=unit, initial=initial, disable=process()[0] > 0, leave=False,
@@ -50,8 +69,10 @@ def progress(total, description, unit, initial=0):
 
 
 def stop(message):
-    """A mistake of the user: one line, exit status 2."""
-    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+    """A mistake of the user: one line, exit status 2. An exception from a loader's worker comes with its traceback, of
+    which the last line is the message."""
+    line = str(message).splitlines()[-1].split("DataError: ")[-1]
+    print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
     sys.exit(2)
 
 
@@ -61,6 +82,11 @@ def stop(message):
 def to_uint8(x):
     """Images (N, 3, H, W) in [-1, 1] -> uint8, by rounding."""
     return ((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def to_float(images, device):
+    """uint8 images -> float32 in [-1, 1]."""
+    return images.to(device, non_blocking=True).float() / 127.5 - 1
 
 
 def sheet(columns, scale=2, gap=2):
@@ -149,6 +175,14 @@ def load_diffusion(run, family):
     return module, model.eval()
 
 
+def load_lpips():
+    """LPIPS with the published weights; stops with one line where they cannot be had."""
+    try:
+        return first_on_node(LPIPS.from_published)
+    except (OSError, ValueError) as error:
+        stop(error)
+
+
 def load_heads(folder):
     """AlignmentHeads that stage align wrote into its folder."""
     if not (folder / "heads.safetensors").is_file():
@@ -223,35 +257,6 @@ def task_sheet(tasks, images, latents, labels, heads, task_heads):
     return sheet(columns)
 
 
-def parse_arguments():
-    """The flags, once they make sense."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--run", type=Path, required=True, help="folder of a run: autoencoder and stage sit or dit")
-    parser.add_argument("--family", choices=sorted(FAMILIES), default="sit", help="which diffusion model of the run")
-    parser.add_argument("--out", type=Path, required=True, help="the .npz to write; pictures go beside it")
-    parser.add_argument("--num", type=int, default=100, help="number of images")
-    parser.add_argument("--batch-size", type=int, default=100, help="images at once on a process")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--sampler", help="SiT: euler, heun (default heun); DiT: ddpm, ddim (default ddpm)")
-    parser.add_argument("--num-steps", type=int, default=50, help="steps of the sampler")
-    parser.add_argument("--cfg-scale", type=float, default=1.0, help="guidance; 1 is none")
-    parser.add_argument("--cfg-interval", type=float, nargs=2, default=(0.0, 1.0), metavar=("LOW", "HIGH"),
-                        help="noise levels that are guided: 1 is noise, 0 is data")
-    parser.add_argument("--tasks", nargs="*", default=[], choices=("segmentation", "depth", "features"),
-                        help="read these off the generated latents into a picture")
-    cfg = parser.parse_args()
-    if cfg.num < process()[2]:
-        stop(f"--num {cfg.num}: want at least one image a process")
-    if cfg.batch_size < 1:
-        stop(f"--batch-size {cfg.batch_size}: want at least one image")
-    if cfg.out.suffix != ".npz":
-        stop(f"--out {cfg.out}: want a name that ends in .npz")
-    if cfg.out.exists():
-        stop(f"--out {cfg.out} exists: choose another name or delete it")
-    cfg.sampler = cfg.sampler or {"sit": "heun", "dit": "ddpm"}[cfg.family]
-    return cfg
-
-
 def sample_all(cfg, module, model, vae, device):
     """All images (N, 3, H, W) uint8, their latents (N, C, h, w) and labels (N,), on rank 0; None on the others."""
     rank, _, world_size = process()
@@ -278,13 +283,8 @@ def sample_all(cfg, module, model, vae, device):
     return [part[order] for part in parts]
 
 
-def main():
+def sample_run(cfg, device):
     """Load a run, sample, and let rank 0 write the pictures and then the .npz."""
-    cfg, device = parse_arguments(), device_of_process()
-    if torch.cuda.is_available():
-        torch.cuda.set_device(device)
-    if process()[2] > 1:
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     module, model = load_diffusion(cfg.run, cfg.family)
     folder = autoencoder_of(cfg.run, cfg.family)
     if cfg.tasks:
@@ -293,8 +293,6 @@ def main():
         if task_heads is None and set(cfg.tasks) != {"features"}:
             stop("masks and depth need a teacher that was trained with them: --tasks features works without")
     sampled = sample_all(cfg, module, model.to(device), load_autoencoder(folder).to(device), device)
-    if process()[2] > 1:
-        dist.destroy_process_group()
     if sampled is None:
         return
     images, latents, labels = sampled
@@ -308,6 +306,146 @@ def main():
     with atomic_file(cfg.out) as file:                                           # last: where it is, all is done
         np.savez(file, arr_0=images.permute(0, 2, 3, 1).numpy(), arr_1=labels.numpy())
     print(f"{cfg.num} images in {cfg.out}, a picture of them in {picture}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reconstruction
+
+METRICS = {"psnr": psnr, "ssim": ssim, "lpips": LPIPS}
+
+
+def shared_array(path, shape):
+    """(array, its path): uint8 zeros on disk for all processes to fill, under a hidden name beside `path`."""
+    hidden = path.with_name(f".{path.stem}.npy")
+    if process()[0] == 0:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        np.lib.format.open_memmap(hidden, mode="w+", dtype=np.uint8, shape=shape)
+    barrier()
+    return np.load(hidden, mmap_mode="r+"), hidden
+
+
+def pack(hidden, path):
+    """Turn a hidden array into the .npz `path` with the one entry arr_0, never holding it in memory."""
+    with atomic_file(path) as file, zipfile.ZipFile(file, "w") as archive:
+        archive.write(hidden, "arr_0.npy")
+    hidden.unlink()
+
+
+@torch.no_grad()
+def reconstruct_all(vae, batches, arrays, start, metrics, device):
+    """Write this process' images and their reconstructions into two arrays (N, H, W, 3), from row `start` on; return
+    the sum of every metric (float64). Latents are the means; the metrics see what is written, rounded to uint8."""
+    sums = torch.zeros(len(metrics), dtype=torch.float64, device=device)
+    for images in batches:
+        x = to_float(images, device)
+        rec = to_uint8(vae.decode(vae.encode(x).latent_dist.mode()).sample)
+        for measure, total in zip(metrics, sums):
+            total += measure(x, to_float(rec, device)).double().sum()
+        for array, batch in zip(arrays, (images, rec)):
+            array[start:start + len(x)] = batch.permute(0, 2, 3, 1).cpu().numpy()
+        start += len(x)
+    for array in arrays:
+        array.flush()
+    return sums
+
+
+def reconstruct(cfg, device):
+    """Images of a data set through the autoencoder: originals and reconstructions as .npz, figures and a sheet."""
+    import train                                                                 # here, since it imports this file
+    (rank, _, world_size), vae = process(), load_autoencoder(cfg.vae).to(device)
+    size = cfg.image_size or vae.config["sample_size"]
+    if size % vae.factor or size < 16:
+        stop(f"--image-size {size}: want a multiple of {vae.factor}, and at least 16")
+    metrics = [load_lpips().to(device) if name == "lpips" else METRICS[name] for name in cfg.metrics]
+    try:
+        data = train.open_data(train.Config(data=cfg.reconstruct, image_size=size), cfg.split)
+        count = min(cfg.num or len(data), len(data))
+        if count < world_size:
+            stop(f"--reconstruct {cfg.reconstruct} has {count} images for {world_size} processes: start fewer")
+        files = cfg.out.with_name(f"{cfg.out.stem}-originals.npz"), cfg.out      # the second tells that all is done
+        arrays, hidden = zip(*(shared_array(path, (count, size, size, 3)) for path in files))
+        mine = np.array_split(np.arange(count), world_size)[rank]
+        keys = [[(int(i), False) for i in mine[k:k + cfg.batch_size]] for k in range(0, len(mine), cfg.batch_size)]
+        with progress(len(mine), f"reconstruct {cfg.reconstruct}", "image") as bar:
+            batches = (bar.update(len(images)) or images for images, *_ in train.load_batches(data, keys, cfg.workers))
+            sums = reconstruct_all(vae, batches, arrays, int(mine[0]), metrics, device)
+    except train.DataError as error:
+        stop(error)
+    if world_size > 1:
+        dist.all_reduce(sums)
+    if rank == 0:
+        shown = {title: torch.from_numpy(array[:16]).permute(0, 3, 1, 2)
+                 for title, array in zip(("originals", "reconstructions"), arrays)}
+        per_row = min(4, count)
+        columns = {title: x[:len(x) // per_row * per_row].unflatten(0, (-1, per_row)) for title, x in shown.items()}
+        save_picture(sheet(columns, scale=max(1, 64 // size)), cfg.out.with_suffix(".png"))
+        figures = {name: value / count for name, value in zip(cfg.metrics, sums.tolist())}
+        with atomic_file(cfg.out.with_suffix(".json")) as file:
+            file.write((json.dumps({"images": count, **figures}, indent=2) + "\n").encode())
+        for name, path in zip(hidden, files):
+            pack(name, path)
+        print(f"{count} images: " + ", ".join(f"{name} {value:.4f}" for name, value in figures.items()))
+        print(f"{files[0]} and {files[1]} are ready; {cfg.out.with_suffix('.png')} shows some")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Program
+
+def parse_arguments():
+    """The flags, once they make sense."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--run", type=Path, help="folder of a run: autoencoder and stage sit or dit")
+    parser.add_argument("--family", choices=sorted(FAMILIES), default="sit", help="which diffusion model of the run")
+    parser.add_argument("--out", type=Path, required=True, help="the .npz to write; pictures go beside it")
+    parser.add_argument("--num", type=int, help="number of images (default: 100 samples, all reconstructions)")
+    parser.add_argument("--batch-size", type=int, default=100, help="images at once on a process")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--sampler", help="SiT: euler, heun (default heun); DiT: ddpm, ddim (default ddpm)")
+    parser.add_argument("--num-steps", type=int, default=50, help="steps of the sampler")
+    parser.add_argument("--cfg-scale", type=float, default=1.0, help="guidance; 1 is none")
+    parser.add_argument("--cfg-interval", type=float, nargs=2, default=(0.0, 1.0), metavar=("LOW", "HIGH"),
+                        help="noise levels that are guided: 1 is noise, 0 is data")
+    parser.add_argument("--tasks", nargs="*", default=[], choices=("segmentation", "depth", "features"),
+                        help="read these off the generated latents into a picture")
+    parser.add_argument("--reconstruct", metavar="DATA", help="no samples: images of this folder or .zip, or scenes, "
+                        "through the autoencoder")
+    parser.add_argument("--vae", type=Path, help="reconstruct: folder of the autoencoder, or one file of its weights")
+    parser.add_argument("--split", choices=("test", "train", "all"), default="test", help="reconstruct: which images")
+    parser.add_argument("--image-size", type=int, help="reconstruct: pixels a side (default: the autoencoder's)")
+    parser.add_argument("--workers", type=int, default=0, help="reconstruct: processes that load images")
+    parser.add_argument("--metrics", nargs="*", default=sorted(METRICS), choices=sorted(METRICS),
+                        help="reconstruct: what to measure (default: all)")
+    cfg = parser.parse_args()
+    if cfg.reconstruct and (cfg.run or not cfg.vae):
+        stop("--reconstruct wants --vae FOLDER, and no --run")
+    if not cfg.reconstruct and not cfg.run:
+        stop("give --run FOLDER to sample, or --reconstruct DATA --vae FOLDER")
+    cfg.num = 100 if cfg.num is None and not cfg.reconstruct else cfg.num
+    if cfg.num is not None and cfg.num < process()[2]:
+        stop(f"--num {cfg.num}: want at least one image a process")
+    if cfg.batch_size < 1:
+        stop(f"--batch-size {cfg.batch_size}: want at least one image")
+    if cfg.out.suffix != ".npz":
+        stop(f"--out {cfg.out}: want a name that ends in .npz")
+    if cfg.out.exists():
+        stop(f"--out {cfg.out} exists: choose another name or delete it")
+    cfg.sampler = cfg.sampler or {"sit": "heun", "dit": "ddpm"}[cfg.family]
+    return cfg
+
+
+def main():
+    """Sample a run, or reconstruct images, and let rank 0 write what is to be written."""
+    cfg, device = parse_arguments(), device_of_process()
+    if torch.cuda.is_available():
+        torch.cuda.set_device(device)
+    if process()[2] > 1:
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    if cfg.reconstruct:
+        reconstruct(cfg, device)
+    else:
+        sample_run(cfg, device)
+    if process()[2] > 1:
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -1,8 +1,11 @@
 """Every test. Figures in assets/reference.json come from the official code on the weights and inputs that `fill` and
 `array` make from names and seeds; `difference` is the distance of an output from them, in their standard deviations.
 """
+import functools
 import hashlib
+import importlib.metadata
 import json
+import math
 import os
 import shutil
 import signal
@@ -19,7 +22,9 @@ import pytest
 import safetensors.torch
 import torch
 import torch.nn as nn
+from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
 from PIL import Image
+from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 import align
 import dit
@@ -58,10 +63,12 @@ def array(shape, seed, low=None, high=None):
 
 
 def difference(x, expected):
+    """Largest distance from the recorded numbers, which are rounded to seven decimals, in their standard deviations."""
     assert list(x.shape) == expected["shape"]
     flat, scale = x.detach().double().reshape(-1), max(expected["std"], 1e-12)
-    got = flat[torch.linspace(0, flat.numel() - 1, 10).round().long()].tolist()
-    gaps = [abs(a - b) for a, b in zip(got, expected["probe"])]
+    got = flat.tolist() if "values" in expected else flat[
+        torch.linspace(0, flat.numel() - 1, 10).round().long()].tolist()
+    gaps = [abs(a - b) - 5.1e-8 for a, b in zip(got, expected.get("values") or expected["probe"])]
     gaps += [abs(flat.mean().item() - expected["mean"]), abs(flat.std(unbiased=False).item() - expected["std"])]
     return max(gaps) / scale
 
@@ -74,117 +81,474 @@ def check(entry, outputs, float32=1e-4, float64=1e-6):
         assert gap < (float64 if kind == "float64" else float32), f"{entry} {name} {kind}: {gap:.2e}"
 
 
+def check_all(entry, outputs, **tolerances):
+    """check, for all that the entry has figures of in this precision; `scalars` among the outputs are numbers."""
+    outputs = dict(outputs)
+    scalars = outputs.pop("scalars", {})
+    kind = "float64" if next(iter(outputs.values())).dtype == torch.float64 else "float32"
+    wanted = {name for name, value in REFERENCE[entry].items() if kind in value}
+    assert wanted <= outputs.keys(), f"{entry}: nothing compared with {wanted - outputs.keys()}"
+    check(entry, {name: outputs[name] for name in wanted}, **tolerances)
+    for name, value in REFERENCE[entry].get("scalars", {}).items():
+        relative = 1e-6 if kind == "float64" else 1e-4
+        assert scalars[name] == pytest.approx(value[kind], rel=relative, abs=1e-12), f"{entry} {name} {kind}"
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # vae.py
 
-@pytest.mark.parametrize("entry, x, z", [
-    ("vae_tiny_square", ((2, 3, 32, 32), 101, -1, 1), ((2, 4, 16, 16), 102)),
-    ("vae_tiny_nonsquare", ((2, 3, 32, 48), 104, -1, 1), ((2, 4, 16, 24), 105))])
-def test_autoencoder_equals_diffusers_figures(entry, x, z):
-    model = fill(vae.AutoencoderKL(block_out_channels=(32, 64), layers_per_block=1))
+TINY_VAE = dict(block_out_channels=(32, 64), layers_per_block=1)
+
+
+@pytest.fixture(scope="session")
+def stable_diffusion():
+    """The autoencoder of Stable Diffusion with filled weights."""
+    return fill(vae.AutoencoderKL())
+
+
+def autoencoder_outputs(model, x, z, seed):
+    """All that a reference entry of the autoencoder records."""
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        out, posterior = model.encoder(x), model.encode(x).latent_dist
+        drawn = posterior.sample()
+        z_seeded = posterior.sample(torch.Generator().manual_seed(seed + 1))
+        return {"encoder_out": out, "parameters": torch.cat([posterior.mean, posterior.logvar], 1),
+                "mean": posterior.mean, "logvar": posterior.logvar, "std": posterior.std, "mode": posterior.mode(),
+                "kl": posterior.kl(), "decode_z": model.decode(z).sample, "sample_global_rng": drawn, "sample": drawn,
+                "sample_generator": z_seeded, "recon_mode": model.decode(posterior.mode()).sample,
+                "recon_sample": model.decode(z_seeded).sample, "scalars": {"kl": posterior.kl().mean().item()}}
+
+
+@pytest.mark.parametrize("entry, x, z, seed", [
+    ("vae_tiny_square", ((2, 3, 32, 32), 101, -1, 1), ((2, 4, 16, 16), 102), 103),
+    ("vae_tiny_nonsquare", ((2, 3, 32, 48), 104, -1, 1), ((2, 4, 16, 24), 105), 106),
+    ("vae_compvis_tiny", ((2, 3, 32, 32), 131, -1, 1), ((2, 4, 16, 16), 132), 133),
+    ("vae_names_tiny", ((1, 3, 32, 32), 141, -1, 1), ((1, 4, 16, 16), 0), 0),
+    ("vae_sd_64", ((1, 3, 64, 64), 111, -1, 1), ((1, 4, 8, 8), 112), 113),
+    ("vae_sd_64x96", ((1, 3, 64, 96), 114, -1, 1), ((1, 4, 8, 12), 115), 116),
+    ("vae_compvis_sd", ((1, 3, 64, 64), 134, -1, 1), ((1, 4, 8, 8), 135), 136),
+    ("vae_names_sd", ((1, 3, 64, 64), 142, -1, 1), ((1, 4, 8, 8), 0), 0)])
+def test_autoencoder_equals_official_figures(stable_diffusion, entry, x, z, seed):
+    model = fill(vae.AutoencoderKL(**TINY_VAE)) if "tiny" in entry else stable_diffusion
+    kinds = [k for k in ("float32", "float64") if any(k in v for n, v in REFERENCE[entry].items() if n != "scalars")]
+    for kind in kinds:
+        dtype = getattr(torch, kind)
+        check_all(entry, autoencoder_outputs(model.to(dtype), array(*x).to(dtype), array(*z).to(dtype), seed))
+    model.float()
+
+
+def test_posterior_equals_official_figures():
     for dtype in (torch.float32, torch.float64):
-        model, x_, z_ = model.to(dtype), array(*x).to(dtype), array(*z).to(dtype)
-        with torch.no_grad():
-            posterior = model.encode(x_).latent_dist
-            outputs = {"parameters": torch.cat([posterior.mean, posterior.logvar], 1), "kl": posterior.kl(),
-                       "decode_z": model.decode(z_).sample}
-        check(entry, outputs)
+        posterior = vae.DiagonalGaussian((array((2, 8, 6, 6), 121) * 25).to(dtype))
+        other = vae.DiagonalGaussian(array((2, 8, 6, 6), 122).to(dtype))
+        torch.manual_seed(123)
+        check_all("vae_posterior_clamp", {
+            "mean": posterior.mean, "logvar": posterior.logvar, "std": posterior.std, "var": posterior.var,
+            "kl": posterior.kl(), "kl_other": posterior.kl(other), "nll_of_other_mean": posterior.nll(other.mean),
+            "sample": posterior.sample()})
 
 
-def test_autoencoder_has_the_size_of_stable_diffusions():
-    with torch.device("meta"):
-        model = vae.AutoencoderKL()
-    assert sum(p.numel() for p in model.parameters()) == 83_653_863 and len(model.state_dict()) == 248
+def test_autoencoder_has_the_size_of_stable_diffusions(stable_diffusion):
+    assert sum(p.numel() for p in stable_diffusion.parameters()) == 83_653_863
+    assert len(stable_diffusion.state_dict()) == 248
 
 
-def test_autoencoder_and_diffusers_read_each_others_folders(tmp_path):
+def same_autoencoder(a, b, x):
+    """Two autoencoders, ours or diffusers', give the same latents and images."""
+    with torch.no_grad():
+        z = a.encode(x).latent_dist.mean
+        torch.testing.assert_close(b.encode(x).latent_dist.mean, z, rtol=1e-4, atol=5e-5)
+        torch.testing.assert_close(b.decode(z).sample, a.decode(z).sample, rtol=1e-4, atol=5e-5)
+
+
+@pytest.mark.parametrize("config", [
+    dict(block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=8, sample_size=32),
+    dict(block_out_channels=(16, 48, 24), layers_per_block=3, norm_num_groups=8, latent_channels=7, in_channels=1,
+         out_channels=2, sample_size=32)])
+def test_autoencoder_and_diffusers_read_each_others_folders(tmp_path, config):
     torch.manual_seed(0)
-    ours = fill(vae.AutoencoderKL(block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=8, sample_size=32,
-                                  latents_mean=[0.1, 0.2, 0.3, 0.4], latents_std=[1.0, 2.0, 3.0, 4.0]))
+    numbers = torch.rand(2, config.get("latent_channels", 4)).tolist()
+    ours = fill(vae.AutoencoderKL(**config, latents_mean=numbers[0], latents_std=numbers[1]))
     ours.save_pretrained(tmp_path / "ours")
     theirs = diffusers.AutoencoderKL.from_pretrained(tmp_path / "ours").eval()
+    x = array((2, config.get("in_channels", 3), 32, 48), 1, -1, 1)
+    same_autoencoder(ours, theirs, x)
     theirs.save_pretrained(tmp_path / "theirs")
+    text = json.loads((tmp_path / "theirs" / "config.json").read_text())
+    (tmp_path / "theirs" / "config.json").write_text(json.dumps({**text, "my_note": [1, 2]}))
     back = vae.AutoencoderKL.from_pretrained(tmp_path / "theirs")
-    x = array((2, 3, 32, 32), 1, -1, 1)
-    with torch.no_grad():
-        z = ours.encode(x).latent_dist.mean
-        for other in (theirs, back):
-            torch.testing.assert_close(other.encode(x).latent_dist.mean, z, rtol=1e-5, atol=1e-5)
-            torch.testing.assert_close(other.decode(z).sample, ours.decode(z).sample, rtol=1e-5, atol=1e-5)
-    assert list(theirs.config.latents_std) == [1.0, 2.0, 3.0, 4.0]
-    assert back.config["latents_mean"] == [0.1, 0.2, 0.3, 0.4]
+    same_autoencoder(ours, back, x)
+    back.save_pretrained(tmp_path / "back")                                      # what we do not know is kept
+    config = json.loads((tmp_path / "back" / "config.json").read_text())
+    assert config["my_note"] == [1, 2] and config["_diffusers_version"] == diffusers.__version__
+    again = diffusers.AutoencoderKL.from_pretrained(tmp_path / "back")
+    assert [list(again.config.latents_mean), list(again.config.latents_std)] == numbers
+    z = torch.randn(2, len(numbers[0]), 3, 3)
     torch.testing.assert_close(back.denormalize(back.normalize(z)), z)
-    torch.testing.assert_close(back.normalize(z)[:, 1], (z[:, 1] - 0.2) / 2)
+    torch.testing.assert_close(back.normalize(z)[:, 1], (z[:, 1] - numbers[0][1]) / numbers[1][1])
+
+
+def test_the_papers_example(tmp_path, stable_diffusion):
+    """Its lines, with another import; the folder is Stable Diffusion's, which diffusers reads too."""
+    stable_diffusion.save_pretrained(tmp_path)
+    AutoencoderKL, path = vae.AutoencoderKL, str(tmp_path)
+    autoencoder = AutoencoderKL.from_pretrained(path)
+    x = array((1, 3, 64, 64), 142, -1, 1)
+    with torch.no_grad():
+        z = autoencoder.encode(x).latent_dist.sample()
+        assert z.shape == (1, 4, 8, 8) and autoencoder.decode(z).sample.shape == x.shape
+    same_autoencoder(diffusers.AutoencoderKL.from_pretrained(path), autoencoder, x)
+    config = json.loads((tmp_path / "config.json").read_text())
+    written = REFERENCE["vae_names_sd"]["config_json"]
+    assert all(written[name] == value for name, value in config.items() if name != "sample_size")
+
+
+def test_older_names_and_files_load(tmp_path, stable_diffusion):
+    ours = fill(vae.AutoencoderKL(block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=8))
+    ours.save_pretrained(tmp_path)
+    (tmp_path / "diffusion_pytorch_model.safetensors").unlink()
+    old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    weights = {}
+    for name, value in ours.state_dict().items():
+        for new, before in old.items():
+            name = name.replace(f".attentions.0.{new}.", f".attentions.0.{before}.")
+        weights[name] = value
+    assert sum(".query." in name for name in weights) == 4
+    torch.save(weights, tmp_path / "diffusion_pytorch_model.bin")
+    x = array((1, 3, 32, 32), 1, -1, 1)
+    same_autoencoder(ours, vae.AutoencoderKL.from_pretrained(tmp_path), x)
+    same_autoencoder(ours, diffusers.AutoencoderKL.from_pretrained(tmp_path), x)
+
+    # CompVis: the names as the official code lists them, in a whole checkpoint and in one of the autoencoder alone
+    names = {new: before for before, new in REFERENCE["vae_compvis_sd"]["names"].items()}
+    weights = {names[k]: v[:, :, None, None] if ".attentions.0.to_" in k and v.ndim == 2 else v
+               for k, v in stable_diffusion.state_dict().items()}
+    extra = {"loss.logvar": torch.zeros(()), "loss.discriminator.main.0.bias": torch.zeros(64)}
+    torch.save({"state_dict": {**weights, **extra}, "global_step": 7}, tmp_path / "model.ckpt")
+    loaded = vae.AutoencoderKL.from_pretrained(tmp_path / "model.ckpt")
+    outputs = autoencoder_outputs(loaded, array((1, 3, 64, 64), 134, -1, 1), array((1, 4, 8, 8), 135), 136)
+    check_all("vae_compvis_sd", outputs)
+    whole = {**{f"first_stage_model.{k}": v for k, v in weights.items()}, "model.diffusion_model.out.2.bias": extra}
+    assert vae.diffusers_names(whole).keys() == stable_diffusion.state_dict().keys()
+
+    # a number of levels that the list does not have, against diffusers' own conversion
+    names = []
+    for side, way, sampler in (("encoder", "down", "downsample"), ("decoder", "up", "upsample")):
+        parts = ["norm_out.weight", "mid.block_2.norm1.bias", "mid.attn_1.norm.bias", "mid.attn_1.v.weight"]
+        for i in range(3):
+            parts += [f"{way}.{i}.block.0.nin_shortcut.bias", f"{way}.{i}.block.2.conv2.weight"]
+            parts += [f"{way}.{i}.{sampler}.conv.weight", f"{way}.{i}.{sampler}.conv.bias"]
+        names += [f"{side}.{part}" for part in parts]
+    weights = {name: torch.full((1, 1, 1, 1), float(i)) for i, name in enumerate(names)}
+    theirs = convert_ldm_vae_checkpoint(weights, {"up_block_types": [0] * 3, "down_block_types": [0] * 3})
+    for name, value in vae.diffusers_names(weights).items():
+        assert theirs[name].item() == value.item(), name
 
 
 def test_safetensors_both_ways(tmp_path):
-    tensors = {"a": torch.randn(3, 5), "half": torch.randn(7).half(), "brain": torch.randn(2, 2).bfloat16(),
-               "whole": torch.arange(4), "empty": torch.empty(0, 3), "scalar": torch.tensor(2.5)}
+    torch.manual_seed(0)
+    dtypes = (torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int64, torch.int32, torch.int16,
+              torch.int8, torch.uint8, torch.bool, torch.float8_e4m3fn, torch.float8_e5m2)
+    tensors = {f"{dtype}": (8 * torch.randn(3, 5)).to(dtype) for dtype in dtypes}
+    tensors.update(empty=torch.empty(0, 3), scalar=torch.tensor(2.5), strided=torch.randn(2, 3, 4, 4).to(
+        memory_format=torch.channels_last), transposed=torch.randn(4, 2).T)
     vae.save_safetensors(tensors, tmp_path / "ours.safetensors")
-    safetensors.torch.save_file(tensors, tmp_path / "theirs.safetensors", metadata={"format": "pt"})
+    theirs = {name: value.contiguous() for name, value in tensors.items()}
+    safetensors.torch.save_file(theirs, tmp_path / "theirs.safetensors", metadata={"format": "pt", "note": "{}"})
     for loaded in (safetensors.torch.load_file(tmp_path / "ours.safetensors"),
-                   vae.load_weights(tmp_path / "theirs.safetensors")):
+                   vae.load_weights(tmp_path / "theirs.safetensors"), vae.load_weights(tmp_path / "ours.safetensors")):
         assert loaded.keys() == tensors.keys()
-        assert all(torch.equal(loaded[k], tensors[k]) and loaded[k].dtype == tensors[k].dtype for k in tensors)
-    whole = (tmp_path / "ours.safetensors").read_bytes()
-    for broken in (whole[:-3], b"\xff" * 8 + whole[8:], whole[:4], whole.replace(b"[0, 60]", b"[0, 61]"),
-                   b"\x80\x02}" + whole[3:]):
-        (tmp_path / "broken.safetensors").write_bytes(broken)
-        with pytest.raises(ValueError, match="broken.safetensors"):
-            vae.load_weights(tmp_path / "broken.safetensors")
+        for name, value in tensors.items():
+            assert loaded[name].dtype == value.dtype and loaded[name].shape == value.shape
+            assert torch.equal(loaded[name].double(), value.double())
+    with safetensors.safe_open(tmp_path / "ours.safetensors", "pt") as file:
+        assert file.metadata() == {"format": "pt"}
 
 
-def test_losses_equal_official_figures():
-    lpips = vae.LPIPS()
+def safetensors_file(header, data=b"\0" * 8, length=None):
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return (len(text) if length is None else length).to_bytes(8, "little") + text + data
+
+
+def entry_of(begin=0, end=8, shape=(2,), dtype="F32"):
+    return {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+
+
+@pytest.mark.parametrize("content", [
+    b"", b"\x07\0\0", safetensors_file({"a": entry_of()})[:-1], safetensors_file({"a": entry_of()}, length=2 ** 62),
+    safetensors_file({"a": entry_of()}, length=70), safetensors_file({"a": entry_of(), "b": entry_of(4, 12)}),
+    safetensors_file({"a": entry_of(8, 16)}), safetensors_file({"a": entry_of(0, 4)}, b"\0" * 4),
+    safetensors_file({"a": entry_of(0, 2 ** 40, [2 ** 38])}), safetensors_file({"a": entry_of(shape=[-1, -2])}),
+    safetensors_file({"a": entry_of(shape=[2.0])}), safetensors_file({"a": entry_of(shape=[True, 2])}),
+    safetensors_file({"a": entry_of(dtype="F31")}), safetensors_file({"a": entry_of()}, b"\0" * 12),
+    safetensors_file({"a": entry_of(-8, 0)}), safetensors_file(["a"]), safetensors_file({"a": 1}),
+    safetensors_file(b'{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}, '
+                     b'"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}'),
+    safetensors_file(b'{"a":'), safetensors_file(b"\xff\xfe"), safetensors_file(b"[" * 100000)])
+def test_a_damaged_safetensors_file_is_one_clear_line(tmp_path, content):
+    path = tmp_path / "broken.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="broken.safetensors") as error:
+        vae.load_weights(path)
+    assert "\n" not in str(error.value)
+
+
+def test_other_files_of_weights_are_refused_in_one_line(tmp_path):
+    torch.save({"a": torch.zeros(3)}, tmp_path / "pickle.safetensors")
+    torch.save({"a": Path("x")}, tmp_path / "code.bin")
+    torch.save({"a": "text"}, tmp_path / "text.bin")
+    (tmp_path / "cut.bin").write_bytes((tmp_path / "pickle.safetensors").read_bytes()[:-200])
+    (tmp_path / "noise.ckpt").write_bytes(b"noise" * 100)
+    for name in ("pickle.safetensors", "code.bin", "text.bin", "cut.bin", "noise.ckpt"):
+        with pytest.raises(ValueError, match=name) as error:
+            vae.load_weights(tmp_path / name)
+        assert "\n" not in str(error.value)
+    with pytest.raises(FileNotFoundError, match="none.bin"):
+        vae.load_weights(tmp_path / "none.bin")
+
+
+def autoencoder_folder(tmp_path, **config):
+    """A small autoencoder's folder, whose config.json is changed by `config`."""
+    vae.AutoencoderKL(block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=8).save_pretrained(tmp_path)
+    text = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**text, **config}))
+    return tmp_path
+
+
+@pytest.mark.parametrize("config, says", [
+    (dict(act_fn="relu"), "act_fn"), (dict(use_quant_conv=False), "use_quant_conv"),
+    (dict(down_block_types=["AttnDownEncoderBlock2D"] * 2), "down_block_types"),
+    (dict(layers_per_block=2), r"missing \(encoder.down_blocks.0.resnets.1.norm1.weight, .*\.\.\.\)"),
+    (dict(block_out_channels=[8, 8]), "of another shape"), (dict(block_out_channels=[8]), "unexpected"),
+    (dict(norm_num_groups=3), "norm_num_groups"), (dict(latents_mean=[0.0]), "latents_mean")])
+def test_a_folder_that_does_not_fit_is_one_clear_line(tmp_path, config, says):
+    with pytest.raises(ValueError, match=says) as error:
+        vae.AutoencoderKL.from_pretrained(autoencoder_folder(tmp_path, **config))
+    assert "\n" not in str(error.value)
+
+
+def test_folders_without_their_files_are_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="config.json"):
+        vae.AutoencoderKL.from_pretrained(tmp_path)
+    folder = autoencoder_folder(tmp_path)
+    (folder / "diffusion_pytorch_model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="diffusion_pytorch_model"):
+        vae.AutoencoderKL.from_pretrained(folder)
+    (folder / "config.json").write_text("{")
+    with pytest.raises(ValueError, match="config.json"):
+        vae.AutoencoderKL.from_pretrained(folder)
+    vae.save_safetensors({"a": torch.zeros(2)}, folder / "other.safetensors")
+    with pytest.raises(ValueError, match="no autoencoder"):
+        vae.AutoencoderKL.from_pretrained(folder / "other.safetensors")
+
+
+@pytest.mark.parametrize("x, says", [
+    (torch.zeros(1, 3, 32, 33), "multiples of 2"), (torch.zeros(1, 4, 32, 32), "3, H, W"),
+    (torch.zeros(3, 32, 32), "3, H, W"), (torch.zeros(1, 3, 32, 32, dtype=torch.uint8), "float"),
+    (torch.full((1, 3, 32, 32), 128.0), "255"), (torch.full((1, 3, 32, 32), float("nan")), "nan"),
+    (torch.zeros(0, 3, 32, 32), "3, H, W")])
+def test_images_that_are_none_are_refused(x, says):
+    model = vae.AutoencoderKL(block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=8)
+    with pytest.raises(ValueError, match=says):
+        model.encode(x)
+    with pytest.raises(ValueError, match="4, h, w"):
+        model.decode(torch.zeros(1, 3, 8, 8))
+
+
+def test_upsampling_is_nearest_neighbour_and_a_convolution():
+    layer, x = fill(vae.Upsample(6)), torch.randn(2, 6, 5, 7)
+    expected = layer.conv(nn.functional.interpolate(x, scale_factor=2, mode="nearest"))
+    torch.testing.assert_close(layer(x), expected)
+
+
+def published_lin():
+    """The file of LPIPS' published weights, as the package brings it."""
+    return importlib.metadata.distribution("lpips").locate_file("lpips/weights/v0.1/vgg.pth")
+
+
+def filled_lpips(gain, lin=None):
+    """LPIPS with a filled VGG16, and with published weights `lin` or filled ones."""
+    lpips = vae.LPIPS(lin=lin)
     fill(nn.ModuleDict({"features": lpips.features}))                            # features.N.weight
-    for name, conv in lpips.features.items():
-        conv.weight.data *= 2 ** 0.5
-    for i, conv in enumerate(lpips.lin):
-        fill(nn.ModuleDict({f"lin{i}": nn.ModuleDict({"model": nn.ModuleList([nn.Identity(), conv])})}))
-    value = lpips(array((2, 3, 64, 64), 205, -1, 1), array((2, 3, 64, 64), 206, -1, 1))
-    expected = REFERENCE["lpips_filled_lin_gain"]["value"]["float32"]["values"]
-    np.testing.assert_allclose(value.detach().numpy().ravel(), np.ravel(expected), rtol=1e-4)
+    for conv in lpips.features.values():
+        conv.weight.data *= gain
+    if lin is None:
+        for i, conv in enumerate(lpips.lin):
+            fill(nn.ModuleDict({f"lin{i}": nn.ModuleDict({"model": nn.ModuleList([nn.Identity(), conv])})}))
+    return lpips
 
-    discriminator = fill(vae.PatchDiscriminator())
-    real = array((2, 3, 64, 64), 211, -1, 1)
-    check("patchgan_64_3", {"eval_logits_real": discriminator(real)})
-    check("patchgan_64_3", {"train_logits_real": discriminator.train()(real)})
 
-    real, fake = array((2, 1, 6, 6), 215), array((2, 1, 6, 6), 216)
-    scalars = REFERENCE["gan_losses"]["scalars"]
+@pytest.mark.parametrize("entry, seed, width, gain, published", [
+    ("lpips_real_lin", 201, 64, 1, True), ("lpips_real_lin_gain", 203, 48, 2 ** 0.5, True),
+    ("lpips_filled_lin_gain", 205, 64, 2 ** 0.5, False)])
+def test_lpips_equals_official_figures(entry, seed, width, gain, published):
+    """By the means over the batch, which are not rounded: the deviation between its two images is tiny."""
+    lpips = filled_lpips(gain, published_lin() if published else None)
+    for dtype, relative in ((torch.float32, 1e-4), (torch.float64, 1e-6)):
+        x, y = (array((2, 3, 64, width), seed + i, -1, 1).to(dtype) for i in (0, 1))
+        with torch.no_grad():
+            value, stages = lpips.to(dtype)(x, y), lpips.by_stage(x, y)
+        figures = REFERENCE[entry]
+        kind = str(dtype).split(".")[1]
+        for name, got in (("value", value), *((f"layer{i}", stages[:, i]) for i in range(5))):
+            assert got.mean().item() == pytest.approx(figures[name][kind]["mean"], rel=relative, abs=1e-9), name
+            np.testing.assert_allclose(got, figures[name][kind]["values"], rtol=relative, atol=1e-7)
+
+
+def test_lpips_reads_the_published_weights():
+    figures = REFERENCE["lpips_vgg_v0.1_lin_weights"]
+    check("lpips_vgg_v0.1_lin_weights", {f"lin{i}.model.1.weight": conv.weight
+                                         for i, conv in enumerate(vae.LPIPS(lin=published_lin()).lin)})
+    assert sum(name.startswith("lin") for name in figures) == 5
+
+
+def test_discriminator_equals_official_figures():
+    for dtype in (torch.float32, torch.float64):
+        model = fill(vae.PatchDiscriminator()).to(dtype)
+        real, fake = (array((2, 3, 64, 64), seed, -1, 1).to(dtype) for seed in (211, 212))
+        outputs = {"eval_logits_real": model(real), "eval_logits_fake": model(fake)}
+        model.train()
+        outputs.update(train_logits_real=model(real), train_logits_fake=model(fake))
+        d_loss = vae.hinge_d_loss(outputs["train_logits_real"], outputs["train_logits_fake"])
+        g_loss = vae.hinge_g_loss(outputs["train_logits_fake"])
+        outputs["d_hinge_grad_first_conv"] = torch.autograd.grad(d_loss, model.main[0].weight, retain_graph=True)[0]
+        outputs["g_grad_last_conv"] = torch.autograd.grad(g_loss, model.main[11].weight, retain_graph=True)[0]
+        for i in (3, 6, 9):
+            outputs[f"after_train_main.{i}.running_mean"] = model.main[i].running_mean
+            outputs[f"after_train_main.{i}.running_var"] = model.main[i].running_var
+        check_all("patchgan_64_3", {**outputs, "scalars": {"hinge_d_loss": d_loss.item(),
+                                                           "generator_loss": g_loss.item()}})
+
+
+def test_gan_losses_equal_official_figures():
+    real, fake = array((2, 1, 6, 6), 215).double(), array((2, 1, 6, 6), 216).double()
+    scalars = {name: value["float64"] for name, value in REFERENCE["gan_losses"]["scalars"].items()}
     assert vae.hinge_d_loss(real, fake).item() == pytest.approx(scalars["hinge_d_loss"], rel=1e-6)
     assert vae.hinge_g_loss(fake).item() == pytest.approx(scalars["generator_loss"], rel=1e-6)
 
     conv = fill(nn.Conv2d(4, 3, 3, padding=1)).double()
     r = conv(array((2, 4, 9, 7), 217).double())
     nll, g = (r - array((2, 3, 9, 7), 218)).abs().sum() / 2, -(torch.tanh(r) ** 3).mean()
-    weight = 0.5 * vae.adaptive_weight(nll, g, conv.weight)                      # the reference includes the weight 0.5
-    assert weight.item() == pytest.approx(REFERENCE["adaptive_weight"]["d_weight"], rel=1e-6)
-    assert 0.5 * vae.adaptive_weight(nll, 1e-12 * g, conv.weight).item() == pytest.approx(5000)
+    scalars = REFERENCE["adaptive_weight"]["scalars"]                            # with its weight of 0.5
+    weight, limit = (0.5 * vae.adaptive_weight(nll, c * g, conv.weight).item() for c in (1, 1e-12))
+    assert weight == pytest.approx(scalars["d_weight"]["float64"], rel=1e-6)
+    assert limit == pytest.approx(scalars["d_weight_g_times_1e-12"]["float64"], rel=1e-6) == 5000
+
+
+@pytest.mark.parametrize("entry, seed, disc_start, s", [
+    ("lpips_with_disc_hinge", 221, 0, 0.0), ("lpips_with_disc_before_start", 231, 50001, 0.3)])
+def test_autoencoder_loss_equals_compvis_figures(entry, seed, disc_start, s):
+    """LPIPSWithDiscriminator at step 10, by the equivalence that autoencoder_loss states; s is its log variance."""
+    count, gain = 3 * 64 * 64, math.exp(-s)
+    for dtype in (torch.float32, torch.float64):
+        x, h, moments = (array(shape, seed + i, *bounds).to(dtype) for i, (shape, bounds) in enumerate(
+            [((2, 3, 64, 64), (-1, 1)), ((2, 8, 64, 64), ()), ((2, 8, 8, 8), ())]))
+        lpips = filled_lpips(2 ** 0.5, published_lin()).to(dtype)
+        discriminator = fill(vae.PatchDiscriminator()).to(dtype).train()
+        conv = fill(nn.Conv2d(8, 3, 3, padding=1)).to(dtype)
+        rec, posterior = conv(h), vae.DiagonalGaussian(moments)
+        total, parts = vae.autoencoder_loss(
+            x, rec, posterior, pixel_loss="l1", kl_weight=1e-6 / gain / count, perceptual_weight=1.0, lpips=lpips,
+            disc_weight=0.5, disc_start=disc_start, step=10, discriminator=discriminator, last_layer=conv.weight)
+        assert ("gan" in parts) == (disc_start == 0)
+        kind = str(dtype).split(".")[1]
+        figures = {name: value[kind] for name, value in REFERENCE[entry]["scalars"].items()}
+        near = functools.partial(pytest.approx, rel=1e-6 if kind == "float64" else 1e-4)
+        nll = (parts["l1"] + parts["lpips"]).item()
+        assert gain * count * total.item() + count * s == near(figures["log0_total_loss"])
+        assert count * (gain * nll + s) == near(figures["log0_nll_loss"])
+        assert parts["kl"].item() == near(figures["log0_kl_loss"]) and nll == near(figures["log0_rec_loss"])
+        if disc_start == 0:
+            assert count * parts["d_weight"].item() == near(figures["log0_d_weight"])
+            assert parts["gan"].item() == near(figures["log0_g_loss"])
+        outputs = {"reconstructions": rec, "kl": posterior.kl(), "grad_last_layer_of_loss":
+                   gain * count * torch.autograd.grad(total, conv.weight, retain_graph=True)[0]}
+        if disc_start == 0:
+            d_loss = vae.hinge_d_loss(discriminator(x), discriminator(rec.detach()))
+            assert d_loss.item() == near(figures["log1_disc_loss"])
+            outputs["grad_disc_first_conv"], outputs["grad_disc_last_conv"] = torch.autograd.grad(
+                d_loss, (discriminator.main[0].weight, discriminator.main[11].weight))
+        check(entry, outputs)
 
 
 def test_one_step_moves_every_parameter():
+    """From a fresh start; and LPIPS sends its gradient to the decoder."""
     torch.manual_seed(0)
     autoencoder = vae.AutoencoderKL(block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=8)
-    heads, discriminator, lpips = align.AlignmentHeads(4, 24, 32), vae.PatchDiscriminator(ndf=8), vae.LPIPS().eval()
-    net = train.AlignedAutoencoder(autoencoder, heads)
-    fill(net)                                                                    # away from the zeros of the first step
-    fill(discriminator).train()
+    net = train.AlignedAutoencoder(autoencoder, align.AlignmentHeads(4, 24, 32))
+    discriminator, lpips = vae.PatchDiscriminator(ndf=8), vae.LPIPS()
+    before = {id(p): p.detach().clone() for module in (net, discriminator) for p in module.parameters()}
+    opt, d_opt = (torch.optim.SGD(module.parameters(), lr=1.0) for module in (net, discriminator))
     x = array((4, 3, 32, 32), 3, -1, 1)
     rec, posterior, features = net(x, torch.randn(4, 4, 16, 16))
     grad = torch.autograd.grad(lpips(rec, x).mean(), autoencoder.decoder.conv_out.weight, retain_graph=True)[0]
     assert grad.abs().max() > 0, "LPIPS sends no gradient to the decoder"
     total, parts = vae.autoencoder_loss(x, rec, posterior, perceptual_weight=1.0, lpips=lpips, disc_weight=0.5,
                                         discriminator=discriminator, last_layer=autoencoder.decoder.conv_out.weight)
-    assert set(parts) == {"mse", "kl", "lpips", "gan"}
+    assert set(parts) == {"mse", "kl", "lpips", "gan", "d_weight"}
     loss, _ = align.align_loss(*features, torch.randn(4, 64, 24), torch.randn(4, 24))
     (total + loss).backward()
-    discriminator.zero_grad()
+    opt.step()
+    d_opt.zero_grad()
     discriminator.main[-1].bias.data.fill_(0.95)                                 # some logits beyond the hinge
     vae.hinge_d_loss(discriminator(x), discriminator(rec.detach())).backward()
+    d_opt.step()
     for module in (net, discriminator):
         for name, parameter in module.named_parameters():
-            assert parameter.grad is not None and parameter.grad.abs().max() > 0, f"no gradient for {name}"
+            # a bias of the keys shifts all scores alike: softmax gives it no gradient
+            moved = not torch.equal(parameter, before[id(parameter)])
+            assert moved or name.endswith("to_k.bias"), f"{name} has not moved"
+    assert all(parameter.grad is None for parameter in lpips.parameters())
+
+
+def test_checkpointing_and_bfloat16_leave_the_loss_as_it_is():
+    torch.manual_seed(0)
+    model = fill(vae.AutoencoderKL(block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=8)).train()
+    discriminator, lpips = fill(vae.PatchDiscriminator(ndf=8)).train(), filled_lpips(2 ** 0.5)
+    x, noise, results = array((2, 3, 32, 32), 3, -1, 1), torch.randn(2, 4, 16, 16), {}
+    for kind in ("plain", "checkpointing", "bfloat16"):
+        if kind == "checkpointing":
+            model.enable_gradient_checkpointing()
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=kind == "bfloat16"):
+            rec, posterior, _ = model(x, noise)
+            total, parts = vae.autoencoder_loss(
+                x, rec, posterior, kl_weight=1e-4, perceptual_weight=1.0, lpips=lpips, disc_weight=0.5,
+                discriminator=discriminator, last_layer=model.decoder.conv_out.weight)
+        total.backward()
+        results[kind] = total.item(), {name: p.grad.clone() for name, p in model.named_parameters()}
+        assert posterior.mean.dtype == torch.float32
+    assert results["checkpointing"][0] == pytest.approx(results["plain"][0], rel=1e-6)
+    for name, grad in results["plain"][1].items():
+        torch.testing.assert_close(results["checkpointing"][1][name], grad, rtol=1e-4, atol=1e-6)
+    assert results["bfloat16"][0] == pytest.approx(results["plain"][0], rel=2e-2)
+
+
+def test_latent_statistics_are_those_of_samples():
+    torch.manual_seed(0)
+    model = fill(vae.AutoencoderKL(block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=8))
+    x = array((40, 3, 16, 16), 3, -1, 1)
+    mean, std = vae.latent_statistics(model, x.split(16))                        # batches of unequal size
+    with torch.no_grad():
+        posterior = model.encode(x).latent_dist
+        z = torch.cat([posterior.sample() for _ in range(50)])
+    torch.testing.assert_close(torch.tensor(mean), z.mean((0, 2, 3)), atol=0.01, rtol=0)
+    torch.testing.assert_close(torch.tensor(std), z.std((0, 2, 3)), atol=0.01, rtol=0)
+
+
+def test_psnr_and_ssim_equal_scikit_images():
+    x = train.to_float(train.draw_scenes(0, np.arange(3), 48)[0], "cpu").double()
+    y = (x + 0.1 * array((3, 3, 48, 48), 4)).clamp(-1, 1)
+    for i in range(3):
+        a, b = x[i].numpy(), y[i].numpy()
+        expected = structural_similarity(a, b, data_range=2, channel_axis=0, gaussian_weights=True, sigma=1.5,
+                                         use_sample_covariance=False)
+        assert vae.ssim(x, y)[i].item() == pytest.approx(expected, rel=1e-9)
+        assert vae.psnr(x, y)[i].item() == pytest.approx(peak_signal_noise_ratio(a, b, data_range=2), rel=1e-9)
+    torch.testing.assert_close(vae.ssim(x, x), torch.ones(3, dtype=torch.float64))
+    with pytest.raises(ValueError, match="11"):
+        vae.ssim(x[..., :8], x[..., :8])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -666,20 +1030,62 @@ def test_two_processes_train_like_one(whole, tmp_path, stage, weights):
         torch.testing.assert_close(a, results[1][name], rtol=1e-3, atol=2e-5, msg=lambda m: f"{name}: {m}")
 
 
-def test_lpips_and_gan_train_on_two_processes(tmp_path):
-    """With weights of LPIPS in the cache folder, under their published names; every part of the loss is in the log."""
-    lpips = vae.LPIPS()
+@pytest.fixture(scope="session")
+def lpips_cache(tmp_path_factory):
+    """A cache folder with weights of LPIPS under their published names."""
+    folder, lpips = tmp_path_factory.mktemp("cache"), filled_lpips(2 ** 0.5)
     torch.save({f"features.{name}": value for name, value in lpips.features.state_dict().items()},
-               tmp_path / "vgg16-397923af.pth")
-    torch.save({f"lin{i}.model.1.weight": conv.weight.data.abs() for i, conv in enumerate(lpips.lin)},
-               tmp_path / "vgg.pth")
+               folder / "vgg16-397923af.pth")
+    shutil.copy(published_lin(), folder / "vgg.pth")
+    return str(folder)
+
+
+def test_lpips_and_gan_train_on_two_processes(tmp_path, lpips_cache):
+    """Every part of the loss is in the log, the GAN's from its start on."""
     command("train.py", "--stage", "vae", "--out", tmp_path, *SMALL, "--steps", 3, "--log-every", 1, "--save-every", 1,
-            "--perceptual-weight", 1, "--disc-weight", 0.5, "--disc-start", 1, processes=2, REALS_CACHE=str(tmp_path))
+            "--perceptual-weight", 1, "--disc-weight", 0.5, "--disc-start", 1, "--pixel-loss", "l1",
+            "--gradient-checkpointing", "--precision", "bf16", "--accumulate", 2, processes=2, REALS_CACHE=lpips_cache)
     lines = log_without_rates(tmp_path / "vae")
-    assert {"mse", "kl", "lpips"} <= lines[0].keys() and "gan" not in lines[0]
-    assert {"mse", "kl", "lpips", "gan", "discriminator"} <= lines[-1].keys()
+    assert {"l1", "kl", "lpips"} <= lines[0].keys() and "gan" not in lines[0] and "mse" not in lines[0]
+    assert {"l1", "kl", "lpips", "gan", "d_weight", "discriminator"} <= lines[-1].keys()
     state = torch.load(tmp_path / "vae" / "checkpoint.pt", weights_only=True)
     assert set(state) == {"step", "net", "opt", "discriminator", "d_opt"}
+    assert all(v.dtype == torch.float32 for v in state["net"].values())
+
+
+@pytest.mark.parametrize("stage, weights", [("vae", "diffusion_pytorch_model.safetensors"), ("sit", "ema.safetensors")])
+def test_gradient_accumulation_changes_nothing(whole, tmp_path, stage, weights):
+    results = []
+    for parts, processes in ((1, 1), (2, 2)):
+        out = copy_of(whole, tmp_path / str(parts), "latents") if stage == "sit" else tmp_path / str(parts)
+        words = ["--vae", whole / "plain" / "vae"] if stage == "sit" else []
+        command("train.py", "--stage", stage, "--out", out, *words, *SMALL, "--steps", 3, "--lr", 1e-4,
+                "--accumulate", parts, processes=processes)
+        results.append(vae.load_weights(out / stage / weights))
+    for name, a in results[0].items():
+        torch.testing.assert_close(a, results[1][name], rtol=1e-3, atol=2e-5, msg=lambda m: f"{name}: {m}")
+
+
+def test_reconstructions_are_measured_and_written(whole, tmp_path, lpips_cache):
+    """The same on one process and on two, and the figures are those of the images that are written."""
+    results = []
+    for processes in (1, 2):
+        out = tmp_path / f"{processes}.npz"
+        command("sample.py", "--reconstruct", "scenes", "--vae", whole / "plain" / "vae", "--num", 21, "--batch-size",
+                4, "--out", out, processes=processes, REALS_CACHE=lpips_cache)
+        images = [np.load(path)["arr_0"] for path in (out, tmp_path / f"{processes}-originals.npz")]
+        results.append((*images, json.loads(out.with_suffix(".json").read_text())))
+    (rec, originals, figures), other = results
+    assert np.array_equal(originals, train.Scenes("test", 21, 32).images.permute(0, 2, 3, 1).numpy())
+    assert np.array_equal(originals, other[1]) and np.abs(rec.astype(int) - other[0].astype(int)).max() <= 1
+    x, y = (train.to_float(torch.from_numpy(v).permute(0, 3, 1, 2), "cpu") for v in (originals, rec))
+    expected = {"psnr": vae.psnr(x, y), "ssim": vae.ssim(x, y), "lpips": filled_lpips(2 ** 0.5, published_lin())(x, y)}
+    assert figures["images"] == 21
+    for name, value in expected.items():
+        assert figures[name] == pytest.approx(value.mean().item(), rel=1e-4)
+        assert other[2][name] == pytest.approx(figures[name], rel=1e-3)
+    assert sorted(p.name for p in tmp_path.iterdir() if p.name.startswith(".")) == []
+    assert Image.open(tmp_path / "1.png").width > 200
 
 
 def test_two_processes_encode_the_same_latents(whole, tmp_path):
@@ -734,6 +1140,9 @@ def test_the_chain_runs_on_images_from_disk(tmp_path):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Bad input: one line, exit status 2
+
+NO_NETWORK = "http://127.0.0.1:9"                                               # a proxy that nobody is
+
 
 def refused(*words, **env):
     done = command(*words, check=False, **env)
@@ -794,9 +1203,12 @@ def test_an_image_that_a_worker_cannot_read_is_one_line_too(tmp_path):
     (["--stage", "vae", "--log-every", "7"], "multiple of"), (["--stage", "vae", "--seed", "-1"], "want at least 0"),
     (["--stage", "vae", "--image-size", "30"], "halved"), (["--vae", "x"], "for one --stage"),
     (["--stage", "vae", "--scenes", "2"], "want at least 20"),
-    (["--stage", "vae", "--perceptual-weight", "1"], "vgg16-397923af.pth")])
+    (["--stage", "vae", "--precision", "fp16"], "invalid choice"),
+    (["--stage", "vae", "--accumulate", "3"], "does not divide by 1 and --accumulate 3"),
+    (["--stage", "vae", "--perceptual-weight", "1"], "vgg16-397923af.pth is not in")])
 def test_bad_commands_are_refused(tmp_path, words, says):
-    line = refused("train.py", "--out", tmp_path / "run", "--scenes", 20, *words, REALS_CACHE=str(tmp_path))
+    line = refused("train.py", "--out", tmp_path / "run", "--scenes", 20, *words, REALS_CACHE=str(tmp_path),
+                   https_proxy=NO_NETWORK)
     assert says in line
 
 
@@ -824,6 +1236,19 @@ def test_missing_and_foreign_inputs_are_refused(whole, tmp_path):
     assert "is not the autoencoder" in refused("sample.py", "--run", arm, "--num", 2, "--out", tmp_path / "x.npz")
     assert "do not fit the teacher" in refused("train.py", "--stage", "align", "--out", tmp_path / "f", "--teacher",
                                                whole / "teacher", *SMALL, "--fold", 2)
+
+
+@pytest.mark.parametrize("words, says", [
+    (["--vae", "nowhere"], "config.json"), ([], "--vae FOLDER"), (["--run", "x", "--vae", "y"], "no --run"),
+    (["--image-size", 33], "multiple of 4"), (["--image-size", 8], "at least 16"), (["--split", "all"], "splits"),
+    (["--num", 0], "at least one"), (["--metrics", "lpips"], "vgg16-397923af.pth is not in"),
+    (["--metrics", "fid"], "invalid choice")])
+def test_bad_reconstruct_commands_are_refused(whole, tmp_path, words, says):
+    words = words if not words or "--vae" in words else ["--vae", whole / "plain" / "vae", *words]
+    words = words if "--metrics" in words else [*words, "--metrics", "psnr"]
+    line = refused("sample.py", "--reconstruct", "scenes", "--out", tmp_path / "rec.npz", *words,
+                   REALS_CACHE=str(tmp_path), https_proxy=NO_NETWORK)
+    assert says in line and list(tmp_path.iterdir()) == []
 
 
 def test_a_batch_that_does_not_divide_is_refused(tmp_path):

@@ -17,6 +17,7 @@ Every stage writes settings.json; those that train also write checkpoint.pt, log
 their checkpoint. Randomness is a function of (seed, step) or (seed, epoch, index).
 """
 import argparse
+import contextlib
 import dataclasses
 import io
 import json
@@ -42,23 +43,25 @@ from tqdm import tqdm
 import align
 import fid
 import vae
-from sample import (FAMILIES, autoencoder_folder, by_class, checksum, device_of_process, generate, load_autoencoder,
-                    load_heads, load_task_heads, process, progress, read_tasks, save_picture, sheet, stop, to_uint8)
+from sample import (FAMILIES, autoencoder_folder, barrier, by_class, checksum, device_of_process, generate,
+                    load_autoencoder, load_heads, load_lpips, load_task_heads, process, progress, read_tasks,
+                    save_picture, sheet, stop, to_float, to_uint8)
 from vae import atomic_file, load_weights, save_safetensors
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Settings
 
 
-def flag(default, text):
-    """A field of Config: its default, and its help."""
-    return dataclasses.field(default=default, metadata={"help": text})
+def flag(default, text, choices=None):
+    """A field of Config: its default, its help, and the values that it may have."""
+    return dataclasses.field(default=default, metadata={"help": text, "choices": choices})
 
 
 @dataclasses.dataclass
 class Config:
     """Every flag. A default of None is filled in by the stage's row of DEFAULTS, or as its help says."""
-    stage: str = flag(None, "one stage; without it all of them run, for a plain and an aligned autoencoder")
+    stage: str = flag(None, "one stage; without it all of them run, for a plain and an aligned autoencoder",
+                      ("teacher", "evaluator", "vae", "align", "latents", "sit", "dit", "report"))
     data: str = flag("scenes", "built-in scenes, or a folder or .zip with train/CLASS/* and test/CLASS/*, or CLASS/*")
     out: str = flag(None, "the run's folder (default: runs/ and the name of the data)")
     seed: int = flag(0, "of weights, noise and the order of the images")
@@ -70,12 +73,17 @@ class Config:
     lr: float = flag(None, "peak of the learning rate")
     warmup: int = flag(50, "steps of linear warm-up")
     decay: float = flag(0.05, "share of lr at the end of its cosine; 1 keeps it")
+    accumulate: int = flag(1, "autoencoder, sit, dit: parts of a batch that follow each other, to save memory")
+    precision: str = flag(None, "autoencoder, sit, dit: of the forward pass (default: bf16 on GPUs that have it)",
+                          ("fp32", "bf16"))
     log_every: int = flag(25, "steps between lines of log.jsonl")
     save_every: int = flag(250, "steps between checkpoints, a multiple of log_every")
     channels: tuple = flag((8, 32, 48), "autoencoder: channels of its levels, each at half the resolution of the last")
     layers_per_block: int = flag(1, "autoencoder: resnets a level")
     norm_groups: int = flag(8, "autoencoder: groups of its norms")
     latent_channels: int = flag(8, "autoencoder: channels of its latents")
+    gradient_checkpointing: bool = flag(False, "autoencoder: less memory, a third more time")
+    pixel_loss: str = flag("mse", "autoencoder: squared or absolute difference", ("mse", "l1"))
     kl_weight: float = flag(1e-6, "weight of the KL term, which is summed over a latent")
     perceptual_weight: float = flag(0.0, "weight of LPIPS")
     disc_weight: float = flag(0.0, "weight of the GAN loss, times its adaptive weight")
@@ -109,8 +117,9 @@ def parse_arguments(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for field in dataclasses.fields(Config):
         options = {"type": int, "nargs": "+"} if field.type is tuple else {"type": field.type}
-        if field.name == "stage":
-            options["choices"] = tuple(DEFAULTS)
+        options = {"action": argparse.BooleanOptionalAction} if field.type is bool else options
+        if field.metadata["choices"]:
+            options["choices"] = field.metadata["choices"]
         name, text = field.name.replace("_", "-"), field.metadata["help"]
         parser.add_argument(f"--{name}", default=field.default, help=text, **options)
     cfg = Config(**vars(parser.parse_args(argv)))
@@ -126,6 +135,9 @@ def resolve(cfg, stage):
         value = getattr(cfg, field.name)
         if field.type is int and field.name != "disc_start" and value is not None and value < least.get(field.name, 1):
             stop(f"--{field.name.replace('_', '-')} {value}: want at least {least.get(field.name, 1)}")
+    if cfg.precision is None:
+        bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+        cfg = dataclasses.replace(cfg, precision="bf16" if bf16 else "fp32")
     if cfg.save_every % cfg.log_every:
         stop(f"--save-every {cfg.save_every} is not a multiple of --log-every {cfg.log_every}")
     return cfg
@@ -337,6 +349,7 @@ def center_crop(image, size):
 
 class ImageFolder:
     """Images of a folder or .zip: train/CLASS/* and test/CLASS/*, or CLASS/* of which every 20th image is the test set.
+    `split` is "train", "test" or "all".
 
     Classes are numbered in sorted order, as torchvision does. Raises DataError for what cannot be used.
     """
@@ -358,9 +371,10 @@ class ImageFolder:
                 raise DataError(f"--data {path} is a broken .zip ({error}): fetch it anew") from None
         names = [n for n in names if not any(part.startswith((".", "__MACOSX")) for part in n.split("/"))]
         splits = any(n.startswith("train/") for n in names) and any(n.startswith("test/") for n in names)
-        prefix = f"{split}/" if splits else ""
-        inside = [n[len(prefix):] for n in names if n.startswith(prefix)]
-        self.classes = tuple(sorted({n.split("/")[0] for n in inside if "/" in n}))
+        wanted = ("train/", "test/") if split == "all" else (f"{split}/",)
+        inside = [(prefix, n[len(prefix):]) for prefix in (wanted if splits else ("",)) for n in names
+                  if n.startswith(prefix)]
+        self.classes = tuple(sorted({n.split("/")[0] for _, n in inside if "/" in n}))
         other = {n.split("/")[1] for n in names if n.startswith(("train/", "test/")) and n.count("/") > 1}
         if splits and other != set(self.classes):
             raise DataError(f"--data {path}: train and test have other classes, {sorted(other - set(self.classes))}: "
@@ -368,14 +382,14 @@ class ImageFolder:
         if not self.classes:
             raise DataError(f"--data {path} has no class folders: put the images of each class into its folder")
         groups = {name: [] for name in self.classes}
-        for n in sorted(inside):
+        for prefix, n in sorted(inside):
             if n.lower().endswith(IMAGE_SUFFIXES) and "/" in n:
                 groups[n.split("/")[0]].append(prefix + n)
         for name, files in groups.items():
             if not files:
-                raise DataError(f"--data {path}: class folder {prefix}{name} has no images: remove it or fill it")
+                raise DataError(f"--data {path}: class folder {inside[0][0]}{name} has no images: remove it or fill it")
         self.files = [(n, label) for label, name in enumerate(self.classes) for n in groups[name]]
-        if not splits:
+        if not splits and split != "all":
             held_out = set(range(0, len(self.files), 20))
             self.files = [f for i, f in enumerate(self.files) if (i in held_out) == (split == "test")]
 
@@ -406,6 +420,8 @@ class ImageFolder:
 def open_data(cfg, split):
     """The data set of cfg: built-in scenes, folder or .zip."""
     if cfg.data == "scenes":
+        if split == "all":
+            raise DataError("built-in scenes have the splits train and test: take one of them")
         return Scenes(split, cfg.scenes if split == "train" else max(1, cfg.scenes // 10), cfg.image_size)
     return ImageFolder(cfg.data, split, cfg.image_size)
 
@@ -454,19 +470,8 @@ def all_batches(data, size, indices=None):
         yield data.__getitems__([(int(i), False) for i in indices[start:start + size]])
 
 
-def to_float(images, device):
-    """uint8 images -> float32 in [-1, 1]."""
-    return images.to(device, non_blocking=True).float() / 127.5 - 1
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Processes, randomness, progress, logs, checkpoints
-
-def barrier():
-    """Wait for all processes."""
-    if process()[2] > 1:
-        dist.barrier()
-
 
 def generator(*key, device="cpu"):
     """A torch.Generator that is a function of the integers of its key."""
@@ -490,6 +495,20 @@ class Draws:
 
     def randint(self, high):
         return torch.randint(high, (self.batch,), generator=self.rng, device=self.device)[self.rows]
+
+
+def autocast(cfg):
+    """The forward pass in bfloat16, if it shall be; weights, gradients and optimisers are float32 anyway."""
+    return torch.autocast(device_of_process().type, torch.bfloat16, enabled=cfg.precision == "bf16")
+
+
+def parts_of_batch(cfg, model):
+    """Gradient accumulation: slices of this process' batch. DDP averages gradients with the last one only."""
+    rows = cfg.batch_size // process()[2] // cfg.accumulate
+    for i in range(cfg.accumulate):
+        wait = isinstance(model, DDP) and i < cfg.accumulate - 1
+        with model.no_sync() if wait else contextlib.nullcontext():
+            yield slice(i * rows, (i + 1) * rows)
 
 
 def write_json(value, path):
@@ -524,6 +543,7 @@ def write_settings(folder, settings):
 
 
 OPTIMISER = ("lr", "warmup", "decay")                                            # settings of a stage that trains
+FORWARD = ("accumulate", "precision")
 AUTOENCODER = ("channels", "layers_per_block", "norm_groups", "latent_channels")
 
 
@@ -629,7 +649,7 @@ def finished(folder, name):
     return False
 
 
-LOGARITHMIC = ("mse", "kl", "lpips", "loss", "class_loss", "segment_loss", "depth_loss", "align")
+LOGARITHMIC = ("mse", "l1", "kl", "lpips", "loss", "class_loss", "segment_loss", "depth_loss", "align")
 
 
 def plot(panels, size=(300, 200), per_row=3):
@@ -818,7 +838,8 @@ def teacher_tokens(teacher, x):
 def train_autoencoder(cfg):
     """Stages vae and align."""
     aligned = cfg.stage == "align"
-    names = OPTIMISER + AUTOENCODER + ("kl_weight", "perceptual_weight", "disc_weight", "disc_start")
+    names = OPTIMISER + FORWARD + AUTOENCODER + (
+        "gradient_checkpointing", "pixel_loss", "kl_weight", "perceptual_weight", "disc_weight", "disc_start")
     if aligned:
         cfg = dataclasses.replace(cfg, teacher=cfg.teacher or str(Path(cfg.out) / "teacher"))
         names += ("teacher", "align_weight", "align_hidden", "fold", "pool")
@@ -840,7 +861,9 @@ def train_autoencoder(cfg):
                                         sample_size=cfg.image_size)
     except ValueError as error:
         stop(error)
-    heads, lpips = None, None
+    if cfg.gradient_checkpointing:
+        autoencoder.enable_gradient_checkpointing()
+    heads, lpips, discriminator = None, None, None
     if aligned:
         teacher.to(device)
         heads = align.AlignmentHeads(cfg.latent_channels, teacher.embed_dim, cfg.align_hidden, cfg.fold, cfg.pool)
@@ -858,72 +881,69 @@ def train_autoencoder(cfg):
         d_model = DDP(discriminator) if process()[2] > 1 else discriminator
         d_opt = torch.optim.AdamW(discriminator.parameters(), lr=cfg.lr, betas=(0.5, 0.9), weight_decay=0.0)
         parts.update(discriminator=discriminator, d_opt=d_opt)
+    terms = dict(pixel_loss=cfg.pixel_loss, kl_weight=cfg.kl_weight, perceptual_weight=cfg.perceptual_weight,
+                 lpips=lpips, disc_weight=cfg.disc_weight, disc_start=cfg.disc_start, discriminator=discriminator,
+                 last_layer=autoencoder.decoder.conv_out.weight)
     run = Run(cfg, folder, settings, **parts)
     for step, (images, *_) in run.steps(data):
-        x, gan = to_float(images, device), bool(cfg.disc_weight) and step >= cfg.disc_start
-        if gan:
-            discriminator.requires_grad_(False)                                  # its own turn comes below
+        x, reconstructions = to_float(images, device), []
         noise = Draws(cfg, step, device).randn(cfg.latent_channels, grid, grid)
-        rec, posterior, features = model(x, noise)
-        loss, logged = vae.autoencoder_loss(
-            x, rec, posterior, kl_weight=cfg.kl_weight, perceptual_weight=cfg.perceptual_weight, lpips=lpips,
-            disc_weight=cfg.disc_weight if gan else 0.0, discriminator=discriminator if gan else None,
-            last_layer=autoencoder.decoder.conv_out.weight)
-        if aligned:
-            loss_align, cosines = align.align_loss(*features, *heads.standardize(*teacher_tokens(teacher, x)))
-            loss = loss + cfg.align_weight * loss_align
-            logged.update(align=loss_align.detach(), **cosines)
+        if discriminator is not None:
+            discriminator.requires_grad_(False)                                  # its own turn comes below
         opt.zero_grad()
-        loss.backward()
+        for rows in parts_of_batch(cfg, model):
+            with autocast(cfg):
+                rec, posterior, features = model(x[rows], noise[rows])
+                loss, logged = vae.autoencoder_loss(x[rows], rec, posterior, step=step, **terms)
+                if aligned:
+                    tokens = heads.standardize(*teacher_tokens(teacher, x[rows]))
+                    loss_align, cosines = align.align_loss(*features, *tokens)
+                    loss = loss + cfg.align_weight * loss_align
+                    logged.update(align=loss_align.detach(), **cosines)
+            (loss / cfg.accumulate).backward()
+            reconstructions.append(rec.detach())
+            run.log(**logged)
         opt.step()
-        if gan:
+        if "gan" in logged:
             discriminator.requires_grad_(True)
-            d_loss = vae.hinge_d_loss(d_model(x), d_model(rec.detach()))
             d_opt.zero_grad()
-            d_loss.backward()
+            for rows, rec in zip(parts_of_batch(cfg, d_model), reconstructions):
+                with autocast(cfg):
+                    d_loss = vae.hinge_d_loss(d_model(x[rows]), d_model(rec))
+                (d_loss / cfg.accumulate).backward()
+                run.log(discriminator=d_loss.detach())
             d_opt.step()
-            logged["discriminator"] = d_loss.detach()
-        run.log(**logged)
+    autoencoder.eval()
+    measure_latents(autoencoder, data, device)
     if process()[0] == 0:
-        measure_latents(autoencoder.eval(), data, device)
         if aligned:
             write_json(heads.config, folder / "heads.json")
             save_safetensors(heads.state_dict(), folder / "heads.safetensors")
-        images = next(all_batches(data, 64))[0]
-        per_row = min(8, len(images))
-        images = images[:len(images) // per_row * per_row]
-        with torch.no_grad():
-            rec = autoencoder.decode(autoencoder.encode(to_float(images, device)).latent_dist.mode()).sample
-        (folder / "samples").mkdir(exist_ok=True)
-        columns = {"original": images, "reconstruction": to_uint8(rec)}
-        save_picture(sheet({title: x.unflatten(0, (-1, per_row)) for title, x in columns.items()}),
-                     folder / "samples" / "reconstructions.png")
+        draw_reconstructions(autoencoder, open_data(cfg, "test"), folder / "samples" / "reconstructions.png", device)
         autoencoder.save_pretrained(folder)
-
-
-def load_lpips():
-    """LPIPS from the two published files in the cache folder."""
-    cache = Path(os.environ.get("REALS_CACHE", Path.home() / ".cache" / "reals"))
-    sources = {"vgg16-397923af.pth": "https://download.pytorch.org/models/vgg16-397923af.pth",
-               "vgg.pth": "https://github.com/richzhang/PerceptualSimilarity/raw/master/lpips/weights/v0.1/vgg.pth"}
-    for name, address in sources.items():
-        if not (cache / name).is_file():
-            stop(f"--perceptual-weight needs {name}: download {address} into {cache}, or give --perceptual-weight 0")
-    return vae.LPIPS(*(cache / name for name in sources)).eval()
+    barrier()
 
 
 @torch.no_grad()
-def measure_latents(autoencoder, data, device, count=4096):
-    """Store per-channel mean and standard deviation of the latents of `count` training images in its config."""
-    sums = torch.zeros(3, autoencoder.config["latent_channels"], dtype=torch.float64, device=device)
-    for images, *_ in all_batches(data, 128, range(0, len(data), max(1, len(data) // count))):
-        posterior = autoencoder.encode(to_float(images, device)).latent_dist
-        # E[z^2] = E[mean^2 + var]: the statistics of samples, without drawing any
-        second = posterior.mean.square() + posterior.var
-        sums += torch.stack([torch.ones_like(posterior.mean), posterior.mean, second]).double().sum(dim=(1, 3, 4))
-    mean = sums[1] / sums[0]
-    autoencoder.config["latents_mean"] = mean.tolist()
-    autoencoder.config["latents_std"] = (sums[2] / sums[0] - mean.square()).sqrt().tolist()
+def draw_reconstructions(autoencoder, data, path, device):
+    """A sheet of up to 64 images, spread evenly over the data, and their reconstructions."""
+    per_row = min(8 if autoencoder.config["sample_size"] < 128 else 4, len(data))
+    rows = np.linspace(0, len(data) - 1, min(len(data), per_row ** 2) // per_row * per_row).astype(int)
+    images = torch.cat([part for part, *_ in all_batches(data, 16, rows)])
+    rec = [to_uint8(autoencoder.decode(autoencoder.encode(x).latent_dist.mode()).sample).cpu()
+           for x in to_float(images, device).split(16)]
+    columns = {"held-out images": images, "reconstructions": torch.cat(rec)}
+    path.parent.mkdir(exist_ok=True)
+    save_picture(sheet({title: x.unflatten(0, (-1, per_row)) for title, x in columns.items()},
+                       scale=1 if images.shape[-1] >= 128 else 2), path)
+
+
+def measure_latents(autoencoder, data, device, count=16384):
+    """Statistics of the latents of at most `count` training images, spread evenly over the data, into the config."""
+    rank, _, world_size = process()
+    rows = np.unique(np.linspace(0, len(data) - 1, min(count, len(data))).astype(int))
+    batches = (to_float(images, device) for images, *_ in all_batches(data, 64, np.array_split(rows, world_size)[rank]))
+    autoencoder.config["latents_mean"], autoencoder.config["latents_std"] = vae.latent_statistics(autoencoder, batches)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1006,7 +1026,7 @@ def train_diffusion(cfg):
     """Stages sit and dit."""
     source, device = find_autoencoder(cfg), device_of_process()
     cfg = dataclasses.replace(cfg, vae=str(source))
-    folder, settings = claim_folder(cfg, *OPTIMISER, "vae", "model", "ema", autoencoder=checksum(source))
+    folder, settings = claim_folder(cfg, *OPTIMISER, *FORWARD, "vae", "model", "ema", autoencoder=checksum(source))
     if finished(folder, "ema.safetensors"):
         return
     autoencoder, data = load_autoencoder(source).to(device), Latents(cfg, source)
@@ -1029,13 +1049,15 @@ def train_diffusion(cfg):
         x = autoencoder.normalize(mean + std * rng.randn(*mean.shape[1:]))
         eps, drop = rng.randn(*mean.shape[1:]), rng.rand() < config["class_dropout_prob"]
         t = rng.rand() if cfg.stage == "sit" else rng.randint(1000)
-        loss = module.training_loss(model, x, y, t, eps, drop).mean()
         opt.zero_grad()
-        loss.backward()
+        for rows in parts_of_batch(cfg, model):
+            with autocast(cfg):
+                loss = module.training_loss(model, x[rows], y[rows], t[rows], eps[rows], drop[rows]).mean()
+            (loss / cfg.accumulate).backward()
+            run.log(loss=loss.detach())
         opt.step()
         for averaged, parameter in zip(ema.parameters(), net.parameters()):
             averaged.lerp_(parameter.detach(), 1 - cfg.ema)
-        run.log(loss=loss.detach())
     if process()[0] == 0:
         write_json(config, folder / "config.json")
         labels = torch.arange(min(len(data.classes), 10)).repeat_interleave(8)
@@ -1369,8 +1391,9 @@ def run_jobs(jobs, out):
 def run_stage(cfg):
     """One stage, in this process of perhaps several."""
     cfg = resolve(cfg, cfg.stage)
-    if cfg.steps and cfg.batch_size and cfg.batch_size % process()[2]:
-        stop(f"--batch-size {cfg.batch_size} is that of all processes: it does not divide by {process()[2]}")
+    if cfg.steps and cfg.batch_size % (process()[2] * cfg.accumulate):
+        stop(f"--batch-size {cfg.batch_size} is that of all processes: it does not divide by {process()[2]}"
+             + (f" and --accumulate {cfg.accumulate}" if cfg.accumulate > 1 else ""))
     if process()[2] > 1:
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     if torch.cuda.is_available():
@@ -1390,7 +1413,7 @@ def main(argv=None):
         else:
             run_stage(cfg)
     except DataError as error:
-        stop(str(error).splitlines()[-1].split("DataError: ")[-1])               # a worker's comes with its traceback
+        stop(error)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@
 
 Rombach et al., "High-Resolution Image Synthesis with Latent Diffusion Models", arXiv 2112.10752; the GAN loss is that
 of Esser et al., arXiv 2012.09841; LPIPS is Zhang et al., arXiv 1801.03924. Module names, config.json and file names are
-those of diffusers.AutoencoderKL, so a folder written here loads there and the reverse.
+those of diffusers.AutoencoderKL, so a folder written here loads there and the reverse; CompVis' .ckpt files load too.
 
     x (N, 3, H, W) images in [-1, 1]     z (N, C, H / f, W / f) latents, f = 2^(levels - 1)
 
@@ -14,20 +14,32 @@ those of diffusers.AutoencoderKL, so a folder written here loads there and the r
     rec = vae.decode(z).sample
 """
 import contextlib
+import hashlib
+import http.client
 import inspect
 import json
 import math
 import os
 import pickle
+import re
+import urllib.request
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Building blocks
+
+def silu(x):
+    """x sigmoid(x), in place where no gradient will ask for x."""
+    return F.silu(x, inplace=not torch.is_grad_enabled())
+
 
 class ResnetBlock(nn.Module):
     """x + conv(silu(norm(conv(silu(norm(x)))))), with a 1x1 convolution on the shortcut where the channels change."""
@@ -39,11 +51,12 @@ class ResnetBlock(nn.Module):
         self.norm2 = nn.GroupNorm(groups, out_channels, eps=1e-6)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
-        nn.init.zeros_(self.conv2.weight)         # from scratch, a block that begins as its shortcut trains far faster
+        with torch.no_grad():
+            self.conv2.weight.mul_(0.01)           # from scratch, a block that begins near its shortcut trains faster
 
     def forward(self, x):
-        h = self.conv1(F.silu(self.norm1(x)))
-        return self.conv_shortcut(x) + self.conv2(F.silu(self.norm2(h)))
+        h = self.conv1(silu(self.norm1(x)))
+        return self.conv2(silu(self.norm2(h))).add_(self.conv_shortcut(x))
 
 
 class Attention(nn.Module):
@@ -82,11 +95,28 @@ class Upsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x):
-        return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
+        # Both steps are one transposed convolution of stride 2, by the 3x3 kernel widened with a 2x2 box: each output
+        # pixel lies over 2x2 inputs, so that 4 / 9 of the products remain.
+        w = self.conv.weight                                                     # (O, I, 3, 3)
+        w = F.pad(w, (0, 1)) + F.pad(w, (1, 0))
+        w = F.pad(w, (0, 0, 0, 1)) + F.pad(w, (0, 0, 1, 0))                      # (O, I, 4, 4)
+        return F.conv_transpose2d(x, w.flip(2, 3).transpose(0, 1), self.conv.bias, stride=2, padding=1)
+
+
+def through(modules, x, checkpointed):
+    """x through modules one by one; checkpointed: what lies inside them is computed again when gradients are."""
+    for module in modules:
+        if checkpointed and torch.is_grad_enabled():
+            x = checkpoint(module, x, use_reentrant=False, preserve_rng_state=False)
+        else:
+            x = module(x)
+    return x
 
 
 class Level(nn.Module):
     """All that happens at one resolution: resnets, then the way to the next resolution."""
+
+    checkpointed = False
 
     def __init__(self, in_channels, out_channels, num_layers, groups, down=False, up=False):
         super().__init__()
@@ -98,14 +128,13 @@ class Level(nn.Module):
             self.upsamplers = nn.ModuleList([Upsample(out_channels)])
 
     def forward(self, x):
-        for child in self.children():                                            # resnets, then the sampler if any
-            for module in child:
-                x = module(x)
-        return x
+        return through([module for child in self.children() for module in child], x, self.checkpointed)
 
 
 class MidBlock(nn.Module):
     """Resnet, attention, resnet at the lowest resolution."""
+
+    checkpointed = False
 
     def __init__(self, channels, groups):
         super().__init__()
@@ -113,7 +142,7 @@ class MidBlock(nn.Module):
         self.resnets = nn.ModuleList([ResnetBlock(channels, channels, groups) for _ in range(2)])
 
     def forward(self, x):
-        return self.resnets[1](self.attentions[0](self.resnets[0](x)))
+        return through((self.resnets[0], self.attentions[0], self.resnets[1]), x, self.checkpointed)
 
 
 class Encoder(nn.Module):
@@ -133,7 +162,7 @@ class Encoder(nn.Module):
         h = self.conv_in(x)
         for block in self.down_blocks:
             h = block(h)
-        return self.conv_out(F.silu(self.conv_norm_out(self.mid_block(h))))
+        return self.conv_out(silu(self.conv_norm_out(self.mid_block(h))))
 
 
 class Decoder(nn.Module):
@@ -154,7 +183,7 @@ class Decoder(nn.Module):
         h = self.mid_block(self.conv_in(z))
         for block in self.up_blocks:
             h = block(h)
-        return self.conv_out(F.silu(self.conv_norm_out(h)))
+        return self.conv_out(silu(self.conv_norm_out(h)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -169,17 +198,25 @@ class DiagonalGaussian:
         self.std, self.var = torch.exp(0.5 * self.logvar), torch.exp(self.logvar)
 
     def sample(self, generator=None):
-        """One draw (N, C, h, w). The generator lives on the device of the moments."""
-        noise = torch.randn(self.mean.shape, generator=generator, dtype=self.mean.dtype, device=self.mean.device)
-        return self.mean + self.std * noise
+        """One draw (N, C, h, w), made on the device of the generator."""
+        device = self.mean.device if generator is None else generator.device
+        noise = torch.randn(self.mean.shape, generator=generator, dtype=self.mean.dtype, device=device)
+        return self.mean + self.std * noise.to(self.mean.device)
 
     def mode(self):
         """The most likely latent: the mean."""
         return self.mean
 
-    def kl(self):
-        """KL(q || N(0, 1)) in nats, summed over C, h and w -> (N,)."""
-        return 0.5 * (self.mean.square() + self.var - 1.0 - self.logvar).sum(dim=(1, 2, 3))
+    def kl(self, other=None):
+        """KL(q || other) in nats, summed over C, h and w -> (N,); `other` is N(0, 1) where it is not given."""
+        if other is None:
+            return 0.5 * (self.mean.square() + self.var - 1.0 - self.logvar).sum(dim=(1, 2, 3))
+        distance = (self.mean - other.mean).square() / other.var
+        return 0.5 * (distance + self.var / other.var - 1.0 - self.logvar + other.logvar).sum(dim=(1, 2, 3))
+
+    def nll(self, z):
+        """-log q(z) in nats, summed over C, h and w -> (N,)."""
+        return 0.5 * (math.log(2 * math.pi) + self.logvar + (z - self.mean).square() / self.var).sum(dim=(1, 2, 3))
 
 
 class AutoencoderKL(nn.Module):
@@ -196,6 +233,9 @@ class AutoencoderKL(nn.Module):
         for channels in block_out_channels:
             if channels % norm_num_groups:
                 raise ValueError(f"{channels} channels of a level are no multiple of norm_num_groups {norm_num_groups}")
+        for name, numbers in (("latents_mean", latents_mean), ("latents_std", latents_std)):
+            if numbers is not None and len(numbers) != latent_channels:
+                raise ValueError(f"{name} has {len(numbers)} numbers: want one for each of {latent_channels} channels")
         channels = list(block_out_channels)
         self.config = dict(
             in_channels=in_channels, out_channels=out_channels, block_out_channels=channels,
@@ -205,29 +245,55 @@ class AutoencoderKL(nn.Module):
         self.decoder = Decoder(latent_channels, out_channels, channels, layers_per_block, norm_num_groups)
         self.quant_conv = nn.Conv2d(2 * latent_channels, 2 * latent_channels, 1)
         self.post_quant_conv = nn.Conv2d(latent_channels, latent_channels, 1)
+        self.to(memory_format=torch.channels_last)                               # the faster layout, on CPU and GPU
+
+    @property
+    def factor(self):
+        """Pixels a side of a latent cell: f = 2^(levels - 1)."""
+        return 2 ** (len(self.config["block_out_channels"]) - 1)
+
+    def enable_gradient_checkpointing(self):
+        """Keep only the inputs of every block for the backward pass: far less memory, a third more time."""
+        for module in self.modules():
+            if isinstance(module, (Level, MidBlock)):
+                module.checkpointed = True
 
     def encode(self, x):
-        """x (N, 3, H, W) in [-1, 1] -> object with `latent_dist`, a DiagonalGaussian. H and W are multiples of f."""
+        """x (N, 3, H, W) in [-1, 1] -> object with `latent_dist`, a DiagonalGaussian. Raises ValueError for what is no
+        such image: another number of channels, integers, H or W that f does not divide, values beyond +-10."""
+        channels, f = self.config["in_channels"], self.factor
+        if x.ndim != 4 or x.shape[1] != channels or x.shape[2] % f or x.shape[3] % f or not x.numel():
+            raise ValueError(f"images of shape {tuple(x.shape)}: want (N, {channels}, H, W), H and W multiples of {f}")
+        if not x.is_floating_point():
+            raise ValueError(f"images of {x.dtype}: want floats in [-1, 1], for example x.float() / 127.5 - 1")
+        largest = x.detach().abs().amax().item()
+        if not largest <= 10:                                                    # nan too
+            raise ValueError(f"images with values up to {largest:g}: want [-1, 1]; were they scaled from [0, 255]?")
         return SimpleNamespace(latent_dist=DiagonalGaussian(self.quant_conv(self.encoder(x))))
 
     def decode(self, z):
         """z (N, C, h, w) -> object with `sample`, images (N, 3, f h, f w), about [-1, 1]."""
+        if z.ndim != 4 or z.shape[1] != self.config["latent_channels"]:
+            raise ValueError(f"latents of shape {tuple(z.shape)}: want (N, {self.config['latent_channels']}, h, w)")
         return SimpleNamespace(sample=self.decoder(self.post_quant_conv(z)))
 
     def forward(self, x, noise=None):
         """x -> (rec, posterior, z) with z = mean + std noise: all that the loss needs, in one call that DDP can wrap.
 
-        `noise` (N, C, h, w) is drawn where it is not given.
+        `noise` (N, C, h, w) is drawn where it is not given. x is not looked at, which would wait for the device.
         """
-        posterior = self.encode(x).latent_dist
+        moments = self.quant_conv(self.encoder(x))
+        posterior = DiagonalGaussian(moments.to(torch.promote_types(moments.dtype, torch.float32)))  # long sums follow
         z = posterior.sample() if noise is None else posterior.mean + posterior.std * noise
         return self.decode(z).sample, posterior, z
 
     def statistics(self, like):
-        """(mean, std), each (1, C, 1, 1): of the training data's latents where known, else 0 and 1 / scaling_factor."""
+        """(mean, std) of latents, for broadcasting: of the training data's where they are known, per channel; else
+        diffusers' shift_factor, mostly absent, and 1 / scaling_factor."""
         mean, std = self.config["latents_mean"], self.config["latents_std"]
         if mean is None:
-            return like.new_zeros(1), like.new_full((1,), 1 / self.config["scaling_factor"])
+            shift = self.config.get("shift_factor") or 0.0
+            return like.new_full((1,), shift), like.new_full((1,), 1 / self.config["scaling_factor"])
         return like.new_tensor(mean).view(1, -1, 1, 1), like.new_tensor(std).view(1, -1, 1, 1)
 
     def normalize(self, z):
@@ -252,35 +318,47 @@ class AutoencoderKL(nn.Module):
             file.write((json.dumps(config, indent=2) + "\n").encode())
 
     @classmethod
-    def from_pretrained(cls, folder):
-        """Read a folder of diffusers' layout. Raises FileNotFoundError or ValueError that says what is missing."""
-        folder = Path(folder)
-        if not (folder / "config.json").is_file():
-            raise FileNotFoundError(f"{folder}/config.json not found: want a folder in diffusers' AutoencoderKL layout")
-        config = json.loads((folder / "config.json").read_text())
-        known = set(inspect.signature(cls).parameters)
-        model = cls(**{k: v for k, v in config.items() if k in known})
+    def from_pretrained(cls, path):
+        """Read a folder of diffusers' layout, or one file of weights (CompVis' .ckpt or another) whose shapes tell the
+        configuration. Raises FileNotFoundError or ValueError that says what is missing or wrong."""
+        path, config = Path(path), None
+        if not path.is_file():
+            config, path = read_config(path / "config.json"), path / "diffusion_pytorch_model.safetensors"
+            path = path if path.is_file() else path.with_suffix(".bin")
+        weights = diffusers_names(load_weights(path))
+        config = config or config_of(weights, path)
+        model = cls(**{k: v for k, v in config.items() if k in inspect.signature(cls).parameters})
         model.config = {**config, **model.config}                                # keys unknown here are kept
-        for name in ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin"):
-            if (folder / name).is_file():
-                try:
-                    model.load_state_dict(load_weights(folder / name))
-                except RuntimeError as error:
-                    reason = str(error).splitlines()[-1].strip()
-                    raise ValueError(f"{folder / name} does not fit config.json: {reason}") from None
-                return model.eval()
-        raise FileNotFoundError(f"{folder}/diffusion_pytorch_model.safetensors (or .bin) not found: no weights to load")
+        load_strict(model, weights, path)
+        return model.eval()
+
+
+@torch.no_grad()
+def latent_statistics(autoencoder, batches):
+    """Mean and standard deviation of every channel (lists of C numbers) of the latents of batches of images (N, 3, H,
+    W), over all processes: each gives its own batches."""
+    sums = 0
+    for x in batches:
+        posterior = autoencoder.encode(x).latent_dist
+        # E[z^2] = E[mean^2 + var]: the statistics of samples, without drawing any
+        moments = torch.ones_like(posterior.mean), posterior.mean, posterior.mean.square() + posterior.var
+        sums = sums + torch.stack(moments).double().sum(dim=(1, 3, 4))           # (3, C)
+    if dist.is_initialized():
+        dist.all_reduce(sums)
+    mean = sums[1] / sums[0]
+    return mean.tolist(), (sums[2] / sums[0] - mean.square()).sqrt().tolist()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Losses
 
 class LPIPS(nn.Module):
-    """Perceptual distance of images x and y (N, 3, H, W) in [-1, 1] -> (N,), never trained.
+    """Perceptual distance of images x and y (N, 3, H, W) in [-1, 1] -> (N,), never trained; H and W at least 16.
 
     Features of five stages of VGG16, each normalised along its channels; squared differences, weighted by `lin`, are
     averaged over positions and summed over stages. `vgg` and `lin` are the published files vgg16-397923af.pth
-    (torchvision) and vgg.pth (LPIPS v0.1). Inference only: the dropout in front of `lin` does not exist here.
+    (torchvision) and vgg.pth (LPIPS v0.1). The dropout in front of `lin`, which does nothing in eval mode, does not
+    exist here: inside a model in train mode it would be on.
     """
 
     STAGES = ((0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28))        # torchvision's numbers of the layers
@@ -299,11 +377,19 @@ class LPIPS(nn.Module):
         self.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450]).view(1, 3, 1, 1), persistent=False)
         if vgg is not None:
             weights = load_weights(vgg)
-            self.features.load_state_dict({k[9:]: v for k, v in weights.items() if k.startswith("features.")})
+            load_strict(self.features, {k[9:]: v for k, v in weights.items() if k.startswith("features.")}, vgg)
         if lin is not None:
             weights = load_weights(lin)
-            self.lin.load_state_dict({f"{i}.weight": weights[f"lin{i}.model.1.weight"] for i in range(5)})
-        self.requires_grad_(False)
+            load_strict(self.lin, {k[3:].replace("model.1.", ""): v for k, v in weights.items()}, lin)
+        self.requires_grad_(False).to(memory_format=torch.channels_last)
+
+    @classmethod
+    def from_published(cls):
+        """LPIPS with the published weights, fetched on first use."""
+        return cls(fetch("https://download.pytorch.org/models/vgg16-397923af.pth",
+                         "397923af8e79cdbb6a7127f12361acd7a2f83e06b05044ddf496e83de57a5bf0"),
+                   fetch("https://github.com/richzhang/PerceptualSimilarity/raw/master/lpips/weights/v0.1/vgg.pth",
+                         "a78928a0af1e5f0fcb1f3b9e8f8c3a2a5a3de244d830ad5c1feddc79b8432868")).eval()
 
     def stages(self, x):
         """Five maps of unit-length features, fine to coarse."""
@@ -312,14 +398,19 @@ class LPIPS(nn.Module):
             h = h if i == 0 else F.max_pool2d(h, 2)
             for index in stage:
                 h = F.relu(self.features[str(index)](h))
-            maps.append(h / ((h.square().sum(1, keepdim=True) + 1e-20).sqrt() + 1e-10))   # no nan gradient where h is 0
+            full = h.to(torch.promote_types(h.dtype, torch.float32))             # bfloat16 is too coarse from here on
+            length = (full.square().sum(1, keepdim=True) + 1e-20).sqrt()         # inside the root: no nan gradient at 0
+            maps.append(full / (length + 1e-10))
         return maps
 
+    def by_stage(self, x, y):
+        """The five addends (N, 5) of the distance, fine to coarse."""
+        terms = [((fx - fy).square() * lin.weight).sum(1).mean(dim=(1, 2))       # lin (1, C, 1, 1)
+                 for fx, fy, lin in zip(self.stages(x), self.stages(y), self.lin)]
+        return torch.stack(terms, dim=1)
+
     def forward(self, x, y):
-        distance = 0
-        for fx, fy, lin in zip(self.stages(x), self.stages(y), self.lin):
-            distance = distance + lin((fx - fy).square()).mean(dim=(1, 2, 3))
-        return distance
+        return self.by_stage(x, y).sum(1)
 
 
 class PatchDiscriminator(nn.Module):
@@ -360,34 +451,112 @@ def adaptive_weight(reference, loss, weight):
     return (g_reference.norm() / (g_loss.norm() + 1e-4)).clamp(max=1e4).detach()
 
 
-def autoencoder_loss(x, rec, posterior, *, kl_weight=1e-6, perceptual_weight=0.0, lpips=None,
-                     disc_weight=0.0, discriminator=None, last_layer=None):
-    """Total loss of the autoencoder and a dict of its parts: mse, kl, lpips, gan (detached scalars).
+def autoencoder_loss(x, rec, posterior, *, pixel_loss="mse", kl_weight=1e-6, perceptual_weight=0.0, lpips=None,
+                     disc_weight=0.0, disc_start=0, step=0, discriminator=None, last_layer=None):
+    """Total loss of the autoencoder and a dict of its parts, detached scalars: mse or l1, kl, lpips, gan, d_weight.
 
-        total = mse + perceptual_weight lpips + disc_weight w gan + kl_weight kl
-    mse is averaged over batch, channels and pixels, lpips over the batch; kl is summed over a latent and averaged over
-    the batch; w is `adaptive_weight` of mse + perceptual_weight lpips against gan at `last_layer`, the weight of the
-    decoder's last convolution. CompVis sums its pixel loss over the 3HW numbers of an image: their kl_weight is ours
-    times 3HW, their disc_weight the same as ours.
+        nll   = pixel_loss(x, rec) + perceptual_weight lpips        averages over batch, channels and pixels
+        total = nll + kl_weight kl + disc_weight w gan              kl: summed over a latent, averaged over the batch
+
+    w is `adaptive_weight` of nll against gan at `last_layer`, the weight of the decoder's last convolution. The GAN
+    comes in at step disc_start; before, the discriminator is not called. "gan" in the parts tells whether it is on.
+
+    CompVis' LPIPSWithDiscriminator sums nll over the D = 3HW numbers of an image, LPIPS counted D times. Its total is
+    D times this one with pixel_loss "l1", its perceptual_weight and disc_weight, and kl_weight = its kl_weight / D (for
+    1e-6 at 256 px: 5e-12). Its log variance s, never trained there and 0 by default, makes that kl_weight exp(s) times
+    as large. Its limit of 1e4 for w is 1e4 / D here.
     """
-    mse = F.mse_loss(rec, x)
+    pixel = {"mse": F.mse_loss, "l1": F.l1_loss}[pixel_loss](rec, x)
     kl = posterior.kl().mean()
-    nll, parts = mse, {"mse": mse.detach(), "kl": kl.detach()}
+    nll, parts = pixel, {pixel_loss: pixel.detach(), "kl": kl.detach()}
     if perceptual_weight:
         distance = lpips(rec, x).mean()
         nll, parts["lpips"] = nll + perceptual_weight * distance, distance.detach()
     total = nll + kl_weight * kl
-    if disc_weight:
+    if disc_weight and step >= disc_start:
         gan = hinge_g_loss(discriminator(rec))
-        total, parts["gan"] = total + disc_weight * adaptive_weight(nll, gan, last_layer) * gan, gan.detach()
+        d_weight = disc_weight * adaptive_weight(nll, gan, last_layer)
+        total = total + d_weight * gan
+        parts.update(gan=gan.detach(), d_weight=d_weight)
     return total, parts
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Measures of a reconstruction
+
+def psnr(x, y):
+    """Peak signal-to-noise ratio in dB of images x and y (N, 3, H, W) in [-1, 1] -> (N,); infinite where they agree."""
+    return 10 * torch.log10(4 / (x - y).square().mean(dim=(1, 2, 3)))            # 2 is the range of [-1, 1]
+
+
+def ssim(x, y):
+    """Structural similarity of images x and y (N, 3, H, W) in [-1, 1] -> (N,), averaged over channels and positions.
+
+    Wang et al., 2004: Gaussian windows of 11 x 11 and deviation 1.5 that lie within the image, K1 = 0.01, K2 = 0.03.
+    Raises ValueError for images that hold no such window.
+    """
+    if min(x.shape[-2:]) < 11:
+        raise ValueError(f"images of shape {tuple(x.shape)}: SSIM wants at least 11 x 11 pixels")
+    window = torch.exp(-(torch.arange(11, device=x.device, dtype=x.dtype) - 5).square() / (2 * 1.5 ** 2))
+    window = (window / window.sum()).expand(x.shape[1], 1, 1, 11)
+
+    def blur(image):
+        image = F.conv2d(image, window, groups=len(window))
+        return F.conv2d(image, window.transpose(2, 3), groups=len(window))
+
+    mx, my = blur(x), blur(y)
+    vx, vy, cov = blur(x * x) - mx * mx, blur(y * y) - my * my, blur(x * y) - mx * my
+    c1, c2 = (0.01 * 2) ** 2, (0.03 * 2) ** 2                                    # 2 is the range of [-1, 1]
+    return ((2 * mx * my + c1) * (2 * cov + c2) / ((mx * mx + my * my + c1) * (vx + vy + c2))).mean(dim=(1, 2, 3))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Weights on disk
 
 SAFETENSORS_TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-                     "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool}
+                     "F8_E5M2": torch.float8_e5m2, "F8_E4M3": torch.float8_e4m3fn, "I64": torch.int64,
+                     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
+
+
+# === shared by vae.py, align.py and fid.py: begin ===
+def fetch(address, sha256=None):
+    """Path of a published file in ~/.cache/reals (or $REALS_CACHE), downloaded if it is not there yet.
+
+    A download that broke off goes on where it stopped. The file gets its name when its size, and its sha256 where that
+    is known, are right. Raises OSError of one line that says what to do where it cannot be had.
+    """
+    folder = Path(os.environ.get("REALS_CACHE", Path.home() / ".cache" / "reals"))
+    path = folder / address.split("/")[-1]
+    part = path.with_name(path.name + ".part")
+    if path.is_file():
+        return path
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        have = part.stat().st_size if part.is_file() else 0
+        request = urllib.request.Request(address, headers={"Range": f"bytes={have}-"} if have else {})
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            have = have if answer.status == 206 else 0                           # 200: the server sends all of it
+            total = have + int(answer.headers.get("Content-Length", 0))
+            bar = tqdm(total=total or None, initial=have, desc=path.name, unit="B", unit_scale=True)
+            with open(part, "ab" if have else "wb") as file, bar:
+                while chunk := answer.read(1 << 20):
+                    file.write(chunk)
+                    bar.update(len(chunk))
+    except (OSError, http.client.HTTPException) as error:
+        if getattr(error, "code", 0) == 416:                                     # nothing is left behind what is there
+            part.unlink()
+            return fetch(address, sha256)
+        raise OSError(f"{path.name} is not in {folder} and cannot be fetched ({error}): "
+                      f"download {address} and put it there") from None
+    if total and part.stat().st_size != total:
+        raise OSError(f"{address} broke off after {part.stat().st_size} of {total} bytes: try again, it goes on there")
+    with open(part, "rb") as file:
+        if sha256 and hashlib.file_digest(file, "sha256").hexdigest() != sha256:
+            part.unlink()
+            raise OSError(f"{address} did not send the bytes that were published (sha256 differs): removed, try again")
+    os.replace(part, path)
+    return path
+# === shared by vae.py, align.py and fid.py: end ===
 
 
 @contextlib.contextmanager
@@ -408,13 +577,13 @@ def atomic_file(path):
 def save_safetensors(tensors, path):
     """Write a dict of name -> tensor: 8 bytes of header length, a JSON header, then the bytes of the tensors."""
     names = {dtype: name for name, dtype in SAFETENSORS_TYPES.items()}
-    header, chunks, offset = {}, [], 0
+    header, chunks, offset = {"__metadata__": {"format": "pt"}}, [], 0           # some readers insist on the format
     for name, tensor in tensors.items():
-        tensor = tensor.detach().cpu().contiguous()
-        chunks.append(tensor.reshape(-1).view(torch.uint8).numpy() if tensor.numel() else b"")
-        end = offset + tensor.numel() * tensor.element_size()
-        header[name] = {"dtype": names[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
-        offset = end
+        data = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8) if tensor.numel() else torch.empty(0)
+        header[name] = {"dtype": names[tensor.dtype], "shape": list(tensor.shape),
+                        "data_offsets": [offset, offset + data.numel()]}
+        chunks.append(data.numpy())
+        offset += data.numel()
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)                                              # tensors begin at a multiple of 8
     with atomic_file(path) as file:
@@ -422,38 +591,143 @@ def save_safetensors(tensors, path):
             file.write(chunk)
 
 
+def safetensors_header(text):
+    """The JSON header as a list of (name, dtype, shape, begin, end), sorted by begin. Raises ValueError, KeyError,
+    TypeError or AttributeError for anything else."""
+    def unique(pairs):
+        if len(dict(pairs)) < len(pairs):
+            raise ValueError("a name stands twice")
+        return dict(pairs)
+
+    entries = []
+    for name, entry in json.loads(text, object_pairs_hook=unique).items():
+        if name != "__metadata__":
+            shape, (begin, end) = entry["shape"], entry["data_offsets"]
+            if any(type(number) is not int or number < 0 for number in (*shape, begin, end)):
+                raise ValueError(f"shape or offsets of {name} are no natural numbers")
+            entries.append((name, SAFETENSORS_TYPES[entry["dtype"]], shape, begin, end))
+    return sorted(entries, key=lambda entry: entry[3:])
+
+
 def load_safetensors(path):
-    """Read a safetensors file into a dict of tensors. Raises ValueError where header and file do not fit together."""
+    """Read a safetensors file into a dict of tensors. Raises ValueError where header and file do not fit together; no
+    memory is taken before that is known."""
     size = os.path.getsize(path)
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > size - 8:
-            raise ValueError(f"{path} is not a safetensors file: its header would be longer than the file")
+            raise ValueError(f"{path} is no safetensors file, or cut off: its header would be longer than the file")
         try:
-            header = json.loads(file.read(length))
-            entries = [(name, SAFETENSORS_TYPES[entry["dtype"]], entry["shape"], *entry["data_offsets"])
-                       for name, entry in header.items() if name != "__metadata__"]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path} has no readable safetensors header ({error!r}): fetch the file anew") from None
-        tensors, position = {}, 0
-        for name, dtype, shape, begin, end in sorted(entries, key=lambda entry: entry[3:]):
-            bytes_wanted = math.prod(shape) * dtype.itemsize
-            if begin != position or end - begin != bytes_wanted or end > size - 8 - length:
+            entries = safetensors_header(file.read(length))
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise ValueError(f"{path} has no valid safetensors header ({error!r}): fetch the file anew") from None
+        position = 0
+        for name, dtype, shape, begin, end in entries:
+            if begin != position or end - begin != math.prod(shape) * dtype.itemsize or end > size - 8 - length:
                 raise ValueError(f"{path}: the bytes of {name} do not fit the header: fetch the file anew")
-            data = torch.frombuffer(bytearray(file.read(bytes_wanted)), dtype=dtype) if bytes_wanted else torch.empty(0)
-            tensors[name], position = data.to(dtype).reshape(shape), end
+            position = end
+        if position != size - 8 - length:
+            raise ValueError(f"{path} has {size - 8 - length - position} bytes that belong to nothing: fetch it anew")
+        tensors = {}
+        for name, dtype, shape, begin, end in entries:
+            data = torch.empty(end - begin, dtype=torch.uint8)
+            file.readinto(data.numpy())
+            tensors[name] = data.view(dtype).reshape(shape)
     return tensors
 
 
 def load_weights(path):
-    """Dict of tensors from .safetensors, or from torch's own format read with weights_only=True (nothing unpickled).
-    Raises FileNotFoundError, or ValueError for a file that is damaged or holds more than tensors."""
+    """Dict of tensors from .safetensors, or from torch's own format read with weights_only=True (nothing unpickled),
+    there also from the "state_dict" of a checkpoint. Raises FileNotFoundError, or ValueError for a file that is damaged
+    or holds more than tensors."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path} not found: want a file of weights")
     if path.suffix == ".safetensors":
         return load_safetensors(path)
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise ValueError(f"{path} cannot be read: {str(error).splitlines()[0]}: fetch the file anew") from None
+        weights = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise ValueError(f"{path} is damaged, or holds more than tensors, which is not read here: "
+                         "fetch it anew, or save its state dict alone") from None
+    except (RuntimeError, EOFError, ValueError, KeyError) as error:
+        raise ValueError(f"{path} cannot be read ({str(error).splitlines()[0]}): fetch the file anew") from None
+    weights = weights.get("state_dict", weights) if isinstance(weights, dict) else {"": weights}
+    for name, value in weights.items():
+        if not torch.is_tensor(value):
+            raise ValueError(f"{path} is no state dict: {name!r} is no tensor")
+    return weights
+
+
+def read_config(path):
+    """diffusers' config.json as a dict. Raises FileNotFoundError, or ValueError for what AutoencoderKL cannot build."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} not found: want a folder in diffusers' layout, or one file of weights")
+    try:
+        config = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON ({error}): fetch the file anew") from None
+    fixed = {"act_fn": "silu", "mid_block_add_attention": True, "use_quant_conv": True, "use_post_quant_conv": True}
+    for name, value in fixed.items():
+        if config.get(name, value) != value:
+            raise ValueError(f"{path}: {name} is {config[name]!r}, and only {value!r} is built here")
+    for name, value in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
+        if set(config.get(name, [value])) != {value}:
+            raise ValueError(f"{path}: {name} is {config[name]}, and only {value} is built here")
+    return config
+
+
+def config_of(weights, path):
+    """AutoencoderKL's arguments from the shapes of a state dict. The groups of the norms leave no trace there: 32, as
+    in every autoencoder of CompVis. Raises ValueError where this is no autoencoder."""
+    try:
+        convs = [name.split(".") for name in weights if re.fullmatch(r"encoder\.down_blocks\..*\.conv1\.weight", name)]
+        levels, layers = (1 + max(int(name[i]) for name in convs) for i in (2, 4))
+        channels = [weights[f"encoder.down_blocks.{i}.resnets.0.conv1.weight"].shape[0] for i in range(levels)]
+        return dict(in_channels=weights["encoder.conv_in.weight"].shape[1], block_out_channels=channels,
+                    out_channels=weights["decoder.conv_out.weight"].shape[0], layers_per_block=layers,
+                    latent_channels=weights["post_quant_conv.weight"].shape[1])
+    except (KeyError, ValueError, IndexError):
+        raise ValueError(f"{path} holds no autoencoder: want weights under the names of diffusers or CompVis") from None
+
+
+OLD_NAMES = (                                                                    # CompVis', then early diffusers'
+    (r"norm_out\.", r"conv_norm_out."), (r"nin_shortcut\.", r"conv_shortcut."),
+    (r"down\.(\d+)\.block\.", r"down_blocks.\1.resnets."), (r"up\.(\d+)\.block\.", r"up_blocks.\1.resnets."),
+    (r"down\.(\d+)\.downsample\.", r"down_blocks.\1.downsamplers.0."),
+    (r"up\.(\d+)\.upsample\.", r"up_blocks.\1.upsamplers.0."),
+    (r"mid\.block_1\.", r"mid_block.resnets.0."), (r"mid\.block_2\.", r"mid_block.resnets.1."),
+    (r"mid\.attn_1\.", r"mid_block.attentions.0."), (r"attentions\.0\.norm\.", r"attentions.0.group_norm."),
+    (r"attentions\.0\.([qkv])\.", r"attentions.0.to_\1."), (r"attentions\.0\.proj_out\.", r"attentions.0.to_out.0."),
+    (r"attentions\.0\.query\.", r"attentions.0.to_q."), (r"attentions\.0\.key\.", r"attentions.0.to_k."),
+    (r"attentions\.0\.value\.", r"attentions.0.to_v."), (r"attentions\.0\.proj_attn\.", r"attentions.0.to_out.0."))
+
+
+def diffusers_names(weights):
+    """A state dict of CompVis, alone or within a whole checkpoint, or of early diffusers, under today's names."""
+    first_stage = {k[len("first_stage_model."):]: v for k, v in weights.items() if k.startswith("first_stage_model.")}
+    weights = {k: v for k, v in (first_stage or weights).items() if not k.startswith(("loss.", "model_ema."))}
+    levels = 1 + max([int(k.split(".")[2]) for k in weights if k.startswith("decoder.up.")], default=0)
+    renamed = {}
+    for name, value in weights.items():
+        # CompVis counts the decoder's levels from fine to coarse, diffusers in the order in which they come
+        name = re.sub(r"^decoder\.up\.(\d+)\.", lambda found: f"decoder.up.{levels - 1 - int(found[1])}.", name)
+        for old, new in OLD_NAMES:
+            name = re.sub(rf"(?<=\.){old}", new, name)
+        if ".attentions.0.to_" in name and value.ndim == 4:                      # CompVis has 1x1 convolutions here
+            value = value[:, :, 0, 0]
+        renamed[name] = value
+    return renamed
+
+
+def load_strict(module, weights, path):
+    """module.load_state_dict(weights) with a ValueError of one line: the first names that are missing, not expected or
+    of another shape. `path` is where the weights are from."""
+    own = module.state_dict()
+    wrong = {"missing": [k for k in own if k not in weights], "unexpected": [k for k in weights if k not in own],
+             "of another shape": [k for k in own if k in weights and weights[k].shape != own[k].shape]}
+    said = [f"{len(names)} {kind} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+            for kind, names in wrong.items() if names]
+    if said:
+        raise ValueError(f"{path} does not fit the network: {'; '.join(said)}")
+    module.load_state_dict(weights)

@@ -19,6 +19,7 @@ import os
 import sys
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -89,8 +90,9 @@ def to_float(images, device):
     return images.to(device, non_blocking=True).float() / 127.5 - 1
 
 
-def sheet(columns, scale=2, gap=2):
-    """PIL image of columns side by side: {title: images (rows, per_row, 3, H, W), uint8 or in [0, 1]}."""
+def sheet(columns, scale=2, gap=2, legend=None):
+    """PIL image of columns side by side: {title: images (rows, per_row, 3, H, W), uint8 or in [0, 1]}; below, a legend
+    {name: colour in [0, 1]}."""
     font, parts = ImageFont.load_default(13), []
     for title, images in columns.items():
         if images.dtype != torch.uint8:
@@ -105,12 +107,47 @@ def sheet(columns, scale=2, gap=2):
         ImageDraw.Draw(part).text((2, 2), title, fill="black", font=font)
         parts.append(part)
     width, height = sum(p.width for p in parts) + 12 * (len(parts) - 1), max(p.height for p in parts)
-    canvas = Image.new("RGB", (width, height), "white")
-    left = 0
+    places, left, top = [], 0, height + 6
+    for name in legend or ():
+        step = math.ceil(font.getlength(name)) + 36
+        left, top = (0, top + 20) if left + step > width and left else (left, top)
+        places.append((name, left, top))
+        left += step
+    canvas = Image.new("RGB", (width, top + 20 if places else height), "white")
+    draw, left = ImageDraw.Draw(canvas), 0
     for part in parts:
         canvas.paste(part, (left, 0))
         left += part.width + 12
+    for name, x, y in places:
+        color = tuple(round(255 * float(value)) for value in legend[name])
+        draw.rectangle((x + 2, y + 2, x + 14, y + 14), fill=color)
+        draw.text((x + 20, y), name, fill="black", font=font)
     return canvas
+
+
+def scatter(panels, labels, names, size=420):
+    """PIL image of points in the plane, {title: (N, 2)}, side by side, coloured by labels (N,), with a legend of up to
+    20 names."""
+    count = int(labels.max()) + 1
+    colors = [tuple(c) for c in (align.mask_palette(count) * 255).round().int().tolist()]
+    pages = []
+    for points in panels.values():
+        page = Image.new("RGB", (2 * size, 2 * size), "white")                   # twice as large, then smoothed
+        low, high = points.min(0).values, points.max(0).values
+        places = ((points - low) / (high - low).max() * (2 * size - 24) + 12).tolist()
+        for (x, y), label in zip(places, labels.tolist()):
+            ImageDraw.Draw(page).ellipse((x - 6, y - 6, x + 6, y + 6), fill=colors[label])
+        page = torch.from_numpy(np.array(page.resize((size, size), Image.LANCZOS))).permute(2, 0, 1)
+        pages.append(page[None, None])
+    shown = {name: align.mask_palette(count)[i] for i, name in enumerate(names[:count])} if count <= 20 else None
+    return sheet(dict(zip(panels, pages)), scale=1, legend=shown)
+
+
+def legend_of(masks, classes):
+    """{name: colour} of up to 20 classes that occur in masks (N, H, W), the most frequent ones first."""
+    counts = torch.bincount(masks.flatten().cpu(), minlength=len(classes))
+    found = [int(k) for k in counts.argsort(descending=True)[:20] if counts[k]]
+    return {classes[k]: align.mask_palette(len(classes))[k] for k in sorted(found)}
 
 
 def by_class(images, labels, num_classes, per_row):
@@ -192,26 +229,55 @@ def load_heads(folder):
     return heads.eval()
 
 
-def load_task_heads(teacher):
-    """(SegmentationHead, DepthHead) that stage teacher wrote into its folder, or None where it had no such labels."""
-    if not teacher.is_dir():
-        stop(f"{teacher} not found: the folder of the teacher that the MLPs were trained with")
-    if not (teacher / "segmentation_head.safetensors").is_file():
-        return None
-    config = json.loads((teacher / "heads.json").read_text())
-    segmentation, depth = align.SegmentationHead(**config["segmentation"]), align.DepthHead(**config["depth"])
-    segmentation.load_state_dict(load_weights(teacher / "segmentation_head.safetensors"))
-    depth.load_state_dict(load_weights(teacher / "depth_head.safetensors"))
-    return segmentation.eval(), depth.eval()
+def load_task_heads(sources):
+    """Heads for masks and depth, from folders of stage teacher or heads and from published names, as an object with
+    `segmentation` and `depth` (or None), `depth_normed` (published depth heads want features before the last norm) and
+    `classes`, the names of the segments. Stops with one line for what is neither."""
+    found = SimpleNamespace(segmentation=None, depth=None, depth_normed=True, classes=())
+    for source in sources:
+        folder = Path(source)
+        if (folder / "heads.json").is_file():
+            config = json.loads((folder / "heads.json").read_text())
+            for name, network in (("segmentation", align.SegmentationHead), ("depth", align.DepthHead)):
+                if config[name]:
+                    head = network(**config[name])
+                    head.load_state_dict(load_weights(folder / f"{name}_head.safetensors"))
+                    setattr(found, name, head.eval())
+            found.classes = config["classes"] or found.classes
+            continue
+        if str(source).startswith("dinov2_"):
+            try:
+                head = first_on_node(lambda: align.load_head(str(source)))
+            except (OSError, ValueError) as error:
+                stop(error)
+            if isinstance(head, align.DepthHead):
+                found.depth, found.depth_normed = head, False
+            else:
+                found.segmentation = head
+                found.classes = [f"class {k}" for k in range(head.conv_seg.out_channels)]
+            continue
+        stop(f"{source}: no heads.json there, and no published head of this name: run train.py --stage heads first, or "
+             "give --heads dinov2_vitb14_ade20k_linear_head or the like")
+    return found
 
 
 @torch.no_grad()
-def read_tasks(features, cls_token, task_heads, size):
-    """Masks (N, size, size) and depth (N, size, size) from features (N, D, gh, gw) and class tokens (N, D)."""
-    segmentation, depth = task_heads
-    logits = F.interpolate(segmentation(features), size=(size, size), mode="bilinear", align_corners=False)
-    metres = F.interpolate(depth(features, cls_token), size=(size, size), mode="bilinear", align_corners=False)
-    return logits.argmax(1), metres[:, 0]
+def read_tasks(task_heads, size, features, cls_token, raw=None):
+    """Masks and depth, each (N, size, size), from features (N, D, gh, gw) and class tokens (N, D), normed; None for
+    what there is no head for. `raw` are both before the norm, for a depth head that wants them so."""
+    def enlarged(x):
+        return F.interpolate(x, size=(size, size), mode="bilinear", align_corners=False)
+
+    masks = enlarged(task_heads.segmentation(features)).argmax(1) if task_heads.segmentation else None
+    pair = (features, cls_token) if task_heads.depth_normed else raw
+    return masks, enlarged(task_heads.depth(*pair))[:, 0] if task_heads.depth else None
+
+
+@torch.no_grad()
+def read_latents(heads, task_heads, z, size):
+    """Masks and depth from latents (N, C, h, w): what read_tasks gives for the features that the MLPs make of them."""
+    raw = None if task_heads.depth_normed else (heads.feature_map(z, normed=False), heads.class_token(z, normed=False))
+    return read_tasks(task_heads, size, heads.feature_map(z), heads.class_token(z), raw)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -241,20 +307,19 @@ def generate(module, model, vae, indices, labels, seed, device, **options):
 def task_sheet(tasks, images, latents, labels, heads, task_heads):
     """Picture of images (N, 3, H, W) uint8 beside what the heads read off their latents (N, C, h, w), a row a class."""
     rows = by_class(torch.arange(len(images)), labels, 10, 6)
-    columns, flat, size = {"generated": images[rows]}, latents[rows.flatten()], images.shape[-1]
-    with torch.no_grad():
-        features, cls_token = heads.feature_map(flat), heads.class_token(flat)
-    if {"segmentation", "depth"} & set(tasks):
-        masks, depth = read_tasks(features, cls_token, task_heads, size)
+    columns, flat, size, legend = {"generated": images[rows]}, latents[rows.flatten()], images.shape[-1], None
+    if task_heads is not None:
+        masks, depth = read_latents(heads, task_heads, flat, size)
     if "segmentation" in tasks:
-        masks = align.colorize_mask(masks, task_heads[0].conv_seg.out_channels)
-        columns["mask"] = masks.unflatten(0, rows.shape)
+        columns["mask"] = align.colorize_mask(masks, len(task_heads.classes)).unflatten(0, rows.shape)
+        legend = legend_of(masks, task_heads.classes)
     if "depth" in tasks:
-        columns["depth"] = align.colorize_depth(depth, *task_heads[1].bins[[0, -1]]).unflatten(0, rows.shape)
+        columns["depth"] = align.colorize_depth(depth).unflatten(0, rows.shape)
     if "features" in tasks:
-        rgb = F.interpolate(align.pca_rgb(features), size=(size, size), mode="nearest")
+        with torch.no_grad():
+            rgb = F.interpolate(align.pca_rgb(heads.feature_map(flat)), size=(size, size), mode="nearest")
         columns["features (PCA)"] = rgb.unflatten(0, rows.shape)
-    return sheet(columns)
+    return sheet(columns, legend=legend)
 
 
 def sample_all(cfg, module, model, vae, device):
@@ -288,10 +353,17 @@ def sample_run(cfg, device):
     module, model = load_diffusion(cfg.run, cfg.family)
     folder = autoencoder_of(cfg.run, cfg.family)
     if cfg.tasks:
-        heads = load_heads(folder)
-        task_heads = load_task_heads(Path(json.loads((folder / "settings.json").read_text())["teacher"]))
-        if task_heads is None and set(cfg.tasks) != {"features"}:
-            stop("masks and depth need a teacher that was trained with them: --tasks features works without")
+        heads, task_heads = load_heads(folder), None
+        if set(cfg.tasks) != {"features"}:
+            task_heads = load_task_heads(cfg.heads or [json.loads((folder / "settings.json").read_text())["teacher"]])
+            for name in set(cfg.tasks) - {"features"}:
+                if getattr(task_heads, name) is None:
+                    stop(f"--tasks {name}: no head for it in {cfg.heads or 'the folder of the teacher'}: see --heads")
+            grid = model.x_embedder.grid_size * model.patch_size
+            try:                                                                 # say now what does not fit
+                read_latents(heads, task_heads, torch.zeros(1, heads.config["latent_channels"], grid, grid), 32)
+            except ValueError as error:
+                stop(error)
     sampled = sample_all(cfg, module, model.to(device), load_autoencoder(folder).to(device), device)
     if sampled is None:
         return
@@ -303,6 +375,9 @@ def sample_run(cfg, device):
         path = cfg.out.with_name(cfg.out.stem + "-tasks.png")
         save_picture(task_sheet(cfg.tasks, images, latents, labels, heads, task_heads), path)
         print(f"{', '.join(cfg.tasks)} read off the generated latents in {path}")
+    if cfg.latents:
+        with atomic_file(cfg.out.with_name(cfg.out.stem + "-latents.npy")) as file:
+            np.save(file, latents.numpy())
     with atomic_file(cfg.out) as file:                                           # last: where it is, all is done
         np.savez(file, arr_0=images.permute(0, 2, 3, 1).numpy(), arr_1=labels.numpy())
     print(f"{cfg.num} images in {cfg.out}, a picture of them in {picture}")
@@ -407,6 +482,9 @@ def parse_arguments():
                         help="noise levels that are guided: 1 is noise, 0 is data")
     parser.add_argument("--tasks", nargs="*", default=[], choices=("segmentation", "depth", "features"),
                         help="read these off the generated latents into a picture")
+    parser.add_argument("--heads", nargs="+", default=[], help="for --tasks: folders of stage heads or teacher, or "
+                        "names of published heads (default: the folder of the run's teacher)")
+    parser.add_argument("--latents", action="store_true", help="write the latents too, as OUT-latents.npy")
     parser.add_argument("--reconstruct", metavar="DATA", help="no samples: images of this folder or .zip, or scenes, "
                         "through the autoencoder")
     parser.add_argument("--vae", type=Path, help="reconstruct: folder of the autoencoder, or one file of its weights")

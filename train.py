@@ -6,6 +6,7 @@
 
     stage       reads                        writes, in OUT/STAGE
     teacher     data                         a small DINOv2, segmentation and depth heads on its features
+    heads       data with masks or depth     segmentation and depth heads on the features of any teacher
     evaluator   data                         an independent classifier, whose features the report compares
     vae         data                         the plain autoencoder, in diffusers' layout
     align       data, teacher                the aligned autoencoder, and its two MLPs
@@ -44,8 +45,8 @@ import align
 import fid
 import vae
 from sample import (FAMILIES, autoencoder_folder, barrier, by_class, checksum, device_of_process, generate,
-                    load_autoencoder, load_heads, load_lpips, load_task_heads, process, progress, read_tasks,
-                    save_picture, sheet, stop, to_float, to_uint8)
+                    first_on_node, legend_of, load_autoencoder, load_heads, load_lpips, load_task_heads, process,
+                    progress, read_latents, read_tasks, save_picture, scatter, sheet, stop, to_float, to_uint8)
 from vae import atomic_file, load_weights, save_safetensors
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -61,7 +62,7 @@ def flag(default, text, choices=None):
 class Config:
     """Every flag. A default of None is filled in by the stage's row of DEFAULTS, or as its help says."""
     stage: str = flag(None, "one stage; without it all of them run, for a plain and an aligned autoencoder",
-                      ("teacher", "evaluator", "vae", "align", "latents", "sit", "dit", "report"))
+                      ("teacher", "evaluator", "heads", "vae", "align", "latents", "sit", "dit", "report"))
     data: str = flag("scenes", "built-in scenes, or a folder or .zip with train/CLASS/* and test/CLASS/*, or CLASS/*")
     out: str = flag(None, "the run's folder (default: runs/ and the name of the data)")
     seed: int = flag(0, "of weights, noise and the order of the images")
@@ -88,11 +89,23 @@ class Config:
     perceptual_weight: float = flag(0.0, "weight of LPIPS")
     disc_weight: float = flag(0.0, "weight of the GAN loss, times its adaptive weight")
     disc_start: int = flag(0, "first step with the GAN loss")
-    teacher: str = flag(None, "align: folder of stage teacher (default: OUT/teacher)")
+    held_out: int = flag(256, "autoencoder: held-out images on which it is measured at every checkpoint")
+    init: str = flag(None, "vae, align: start from this autoencoder: folder of diffusers' layout, or file of weights")
+    teacher: str = flag(None, "align, heads: folder of stage teacher (default: OUT/teacher), or a published name, for "
+                        "example dinov2_vitb14")
+    teacher_size: int = flag(None, "align, heads: pixels a side that the teacher sees (default: 224 for patches of 14, "
+                             "else the image size)")
+    cache_tokens: bool = flag(False, "align: keep the teacher's tokens of all images on disk, instead of running it")
     align_weight: float = flag(0.05, "align: weight of the align loss")
+    align_adaptive: bool = flag(False, "align: times the ratio of the gradients of all other terms and of the align "
+                                "loss at the encoder's last layer")
+    align_form: str = flag("both", "align: distance of features: cosine, smooth L1, or the first and a tenth of the "
+                           "second", tuple(align.FORMS))
     align_hidden: int = flag(256, "align: width of the two MLPs")
-    fold: int = flag(1, "align: fold x fold latent cells make one token")
+    fold: int = flag(None, "align: fold x fold latent cells make one token (default: what makes the grids meet)")
     pool: int = flag(4, "align: MLPcls sees the latent averaged to pool x pool cells")
+    target: str = flag("norm", "align: the teacher's tokens after its last norm, or before", ("norm", "prenorm"))
+    standardize: bool = flag(True, "align: targets of mean 0 and deviation 1 in every channel")
     vae: str = flag(None, "latents, sit, dit: folder of the autoencoder (default: OUT/align, else OUT/vae)")
     model: str = flag(None, "sit, dit: name of the model, for example SiT-B/2")
     ema: float = flag(0.997, "sit, dit: decay of the averaged weights")
@@ -103,6 +116,7 @@ class Config:
 DEFAULTS = {
     "teacher": dict(steps=450, batch_size=64, lr=2e-3),
     "evaluator": dict(steps=250, batch_size=64, lr=2e-3),
+    "heads": dict(steps=500, batch_size=64, lr=2e-3),
     "vae": dict(steps=1400, batch_size=16, lr=3e-3),
     "align": dict(steps=1400, batch_size=16, lr=3e-3),
     "latents": dict(batch_size=256),
@@ -347,6 +361,14 @@ def center_crop(image, size):
     return np.array(image)[top:top + size, left:left + size]
 
 
+def read_image(path, size):
+    """One image file -> (size, size, 3) uint8. Raises DataError where it cannot be read."""
+    try:
+        return center_crop(Image.open(path).convert("RGB"), size)
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error}): mend or remove it") from None
+
+
 class ImageFolder:
     """Images of a folder or .zip: train/CLASS/* and test/CLASS/*, or CLASS/* of which every 20th image is the test set.
     `split` is "train", "test" or "all".
@@ -392,6 +414,7 @@ class ImageFolder:
         if not splits and split != "all":
             held_out = set(range(0, len(self.files), 20))
             self.files = [f for i, f in enumerate(self.files) if (i in held_out) == (split == "test")]
+        self.labels = torch.tensor([label for _, label in self.files])
 
     def __len__(self):
         return len(self.files)
@@ -540,6 +563,14 @@ def write_settings(folder, settings):
         folder.mkdir(parents=True, exist_ok=True)
         write_json(settings, folder / "settings.json")
     barrier()
+
+
+def read_settings(folder):
+    """The settings of a stage that has run; stops where there are none."""
+    path = Path(folder) / "settings.json"
+    if not path.is_file():
+        stop(f"{path} not found: want the folder of a stage of train.py")
+    return json.loads(path.read_text())
 
 
 OPTIMISER = ("lr", "warmup", "decay")                                            # settings of a stage that trains
@@ -704,25 +735,21 @@ class Teacher(nn.Module):
         self.config = dict(embed_dim=embed_dim, depth=depth, num_heads=num_heads, patch_size=patch_size,
                            img_size=image_size)
         self.dinov2 = align.DINOv2(**self.config)
-        self.classifier = nn.Linear(2 * embed_dim, num_classes)
+        self.classifier = align.ClassificationHead(embed_dim, num_classes)
         self.head_config = dict(segmentation=dict(embed_dim=embed_dim, num_classes=len(SEGMENTS)),
                                 depth=dict(embed_dim=embed_dim, min_depth=NEAR, max_depth=FAR, num_bins=32))
-        self.segmentation = align.SegmentationHead(**self.head_config["segmentation"]) if dense else None
-        self.depth = align.DepthHead(**self.head_config["depth"]) if dense else None
+        self.heads = TaskHeads(self.head_config) if dense else None
 
     def forward(self, x):
         """x (N, 3, H, W) in [-1, 1] -> class logits, segment logits (N, S, H, W), depth (N, H, W), or None for both."""
         size = x.shape[-1]
         out = self.dinov2.forward_features(align.teacher_input(x, size))
         cls, patches = out["x_norm_clstoken"], out["x_norm_patchtokens"]
-        logits = self.classifier(torch.cat([cls, patches.mean(1)], dim=1))
-        if self.segmentation is None:
+        logits = self.classifier(patches, cls)
+        if self.heads is None:
             return logits, None, None
         grid = size // self.dinov2.patch_size
-        features = patches.transpose(1, 2).unflatten(2, (grid, grid))
-        segments = F.interpolate(self.segmentation(features), size=(size, size), mode="bilinear", align_corners=False)
-        depth = F.interpolate(self.depth(features, cls), size=(size, size), mode="bilinear", align_corners=False)
-        return logits, segments, depth[:, 0]
+        return logits, *self.heads(patches.transpose(1, 2).unflatten(2, (grid, grid)), cls, size)
 
 
 class Evaluator(nn.Module):
@@ -778,10 +805,9 @@ def train_classifier(cfg):
             loss = F.cross_entropy(logits, labels)
             parts = {"class_loss": loss.detach()}
             if dense:
-                segment_loss = F.cross_entropy(segments, dense[0].long().to(device))
-                depth_loss = (depth.log() - dense[1].to(device).log()).square().mean()
-                loss = loss + segment_loss + 5 * depth_loss
-                parts.update(segment_loss=segment_loss.detach(), depth_loss=depth_loss.detach())
+                more, dense_parts = dense_loss(segments, depth, *(part.to(device) for part in dense))
+                loss = loss + more
+                parts.update(dense_parts)
         else:
             _, logits = model(degrade(x, rng))
             loss = F.cross_entropy(logits, labels)
@@ -793,24 +819,169 @@ def train_classifier(cfg):
     if process()[0] == 0:
         if cfg.stage == "teacher":
             write_json(net.config, folder / "config.json")
-            if net.segmentation is not None:
-                write_json(net.head_config, folder / "heads.json")
-                save_safetensors(net.segmentation.state_dict(), folder / "segmentation_head.safetensors")
-                save_safetensors(net.depth.state_dict(), folder / "depth_head.safetensors")
+            if net.heads is not None:
+                save_task_heads(net.heads, net.head_config, SEGMENTS, folder)
             save_safetensors(net.dinov2.state_dict(), folder / weights)
         else:
             save_safetensors(net.state_dict(), folder / weights)
 
 
-def load_teacher(folder):
-    """The frozen DINOv2 that stage teacher wrote."""
-    folder = Path(folder)
+def load_teacher(name):
+    """The frozen teacher: a published DINOv2 by its name, or from the folder that stage teacher wrote."""
+    if name in align.DINOV2:
+        try:
+            return first_on_node(lambda: align.load_dinov2(name))
+        except (OSError, ValueError) as error:
+            stop(error)
+    folder = Path(name)
     if not (folder / "dinov2.safetensors").is_file():
         stop(f"{folder}/dinov2.safetensors not found: run train.py --stage teacher --out {folder.parent} first, "
-             "or give --teacher")
+             "or give --teacher a folder or a published name")
     teacher = align.DINOv2(**json.loads((folder / "config.json").read_text()))
     teacher.load_state_dict(load_weights(folder / "dinov2.safetensors"))
     return teacher.eval().requires_grad_(False)
+
+
+def with_teacher(cfg):
+    """cfg with the defaults of its teacher, and the teacher on this process' device."""
+    cfg = dataclasses.replace(cfg, teacher=cfg.teacher or str(Path(cfg.out) / "teacher"))
+    teacher = load_teacher(cfg.teacher).to(device_of_process())
+    size = cfg.teacher_size or (224 if teacher.patch_size == 14 else cfg.image_size)
+    cfg = dataclasses.replace(cfg, teacher_size=size)
+    if cfg.teacher_size % teacher.patch_size:
+        stop(f"--teacher-size {cfg.teacher_size}: want a multiple of the teacher's patches, {teacher.patch_size}")
+    return cfg, teacher
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Stage heads: linear heads on a frozen teacher's features, for classes and depths of one's own
+
+class DenseFolder:
+    """Images with masks and depth: DATA/images/NAME.*, DATA/masks/NAME.png with class numbers (255: unknown), named
+    line by line in DATA/classes.txt, and DATA/depth/NAME.png with 16-bit millimetres (0: unknown). Either may be
+    absent. Every 20th image is held out. Raises DataError for what cannot be used."""
+
+    flip = False
+
+    def __init__(self, path, split, size):
+        self.path, self.size = Path(path), size
+        files = sorted(f for f in (self.path / "images").glob("*") if f.suffix.lower() in IMAGE_SUFFIXES)
+        if not files:
+            raise DataError(f"--data {path}: no images in {path}/images: put them there, and masks or depth beside it")
+        self.files = [f for i, f in enumerate(files) if (i % 20 == 0) == (split == "test")]
+        self.has = {name: (self.path / name).is_dir() for name in ("masks", "depth")}
+        if not any(self.has.values()):
+            raise DataError(f"--data {path} has no masks and no depth: want NAME.png in {path}/masks or {path}/depth")
+        self.classes = ()
+        if self.has["masks"]:
+            if not (self.path / "classes.txt").is_file():
+                raise DataError(f"--data {path}: classes.txt not found: name the classes of the masks, one a line")
+            self.classes = tuple(filter(None, (self.path / "classes.txt").read_text().split("\n")))
+
+    def __len__(self):
+        return len(self.files)
+
+    def plane(self, kind, file):
+        """One mask or depth map (size, size) as int64, cut like its image."""
+        path = self.path / kind / f"{file.stem}.png"
+        try:
+            image = Image.open(path)
+            scale = self.size / min(image.size)
+            image = image.resize((round(image.width * scale), round(image.height * scale)), Image.NEAREST)
+        except OSError as error:
+            raise DataError(f"{path} cannot be read ({error}): mend it or remove its image") from None
+        top, left = (image.height - self.size) // 2, (image.width - self.size) // 2
+        return np.asarray(image)[top:top + self.size, left:left + self.size].astype(np.int64)
+
+    def __getitems__(self, keys):
+        """keys: list of (index, flip) -> images (N, 3, H, W) uint8, file numbers (N,), masks (N, H, W), depth (N, H, W)
+        in metres; 255 and 0 where nothing is known."""
+        images, masks, depths = [], [], []
+        blank = np.zeros((self.size, self.size), dtype=np.int64)
+        for index, _ in keys:
+            file = self.files[index]
+            images.append(read_image(file, self.size))
+            masks.append(self.plane("masks", file) if self.has["masks"] else blank + 255)
+            depths.append(self.plane("depth", file) if self.has["depth"] else blank)
+            wrong = set(np.unique(masks[-1])) - {*range(len(self.classes)), 255}
+            if wrong:
+                raise DataError(f"{self.path}: the mask of {file.name} has class {max(wrong)}, and classes.txt has "
+                                f"{len(self.classes)} names: mend one of them")
+        index = torch.tensor([i for i, _ in keys])
+        return (torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2), index, torch.from_numpy(np.stack(masks)),
+                torch.from_numpy(np.stack(depths)).float() / 1000)
+
+
+class TaskHeads(nn.Module):
+    """Segmentation and depth heads on features (N, D, gh, gw) and class tokens (N, D), in one forward for DDP."""
+
+    def __init__(self, config):
+        super().__init__()
+        for name, network in (("segmentation", align.SegmentationHead), ("depth", align.DepthHead)):
+            setattr(self, name, network(**config[name]) if config[name] else None)
+
+    def forward(self, features, cls, size):
+        """-> class logits (N, S, size, size) and depth (N, size, size); None for a head that is not there."""
+        def enlarged(x):
+            return F.interpolate(x, size=(size, size), mode="bilinear", align_corners=False)
+
+        return (enlarged(self.segmentation(features)) if self.segmentation else None,
+                enlarged(self.depth(features, cls))[:, 0] if self.depth else None)
+
+
+def dense_loss(logits, depth, masks, metres):
+    """Cross entropy of segments and 5 times the squared log error of depth, where they are known; and both parts."""
+    loss, parts = 0, {}
+    if logits is not None:
+        parts["segment_loss"] = F.cross_entropy(logits, masks.long(), ignore_index=255)
+    if depth is not None:
+        known = metres > 0
+        squares = (depth.log() - metres.clamp(min=1e-3).log()).square()
+        parts["depth_loss"] = (squares * known).sum() / known.sum().clamp(min=1)
+        loss = 5 * parts["depth_loss"]
+    return loss + parts.get("segment_loss", 0), {name: value.detach() for name, value in parts.items()}
+
+
+def save_task_heads(heads, config, classes, folder):
+    """heads.json and the weights of the heads that are there."""
+    write_json({**config, "classes": list(classes)}, folder / "heads.json")
+    for name in ("segmentation", "depth"):
+        if config[name]:
+            save_safetensors(getattr(heads, name).state_dict(), folder / f"{name}_head.safetensors")
+
+
+def train_heads(cfg):
+    """Stage heads."""
+    (cfg, teacher), device = with_teacher(cfg), device_of_process()
+    folder, settings = claim_folder(cfg, *OPTIMISER, "teacher", "teacher_size")
+    if finished(folder, "heads.json"):
+        return
+    scenes, size, width = cfg.data == "scenes", cfg.image_size, teacher.embed_dim
+    data = open_data(cfg, "train") if scenes else DenseFolder(cfg.data, "train", size)
+    classes = SEGMENTS if scenes else data.classes
+    if scenes:
+        depth = dict(embed_dim=width, min_depth=NEAR, max_depth=FAR, num_bins=32)
+    else:
+        rows = np.unique(np.linspace(0, len(data) - 1, min(len(data), 200)).astype(int))
+        largest = max(float(batch[3].max()) for batch in all_batches(data, 20, rows)) if data.has["depth"] else 0
+        depth = dict(embed_dim=width, max_depth=largest) if largest else None
+    config = dict(segmentation=dict(embed_dim=width, num_classes=len(classes)) if classes else None, depth=depth)
+    torch.manual_seed(cfg.seed)
+    net = TaskHeads(config).to(device)
+    model = DDP(net) if process()[2] > 1 else net
+    opt = torch.optim.AdamW(net.parameters(), lr=cfg.lr, weight_decay=0.01)
+    run = Run(cfg, folder, settings, net=net, opt=opt)
+    side = cfg.teacher_size // teacher.patch_size
+    for step, (images, _, masks, metres) in run.steps(data):
+        patch, cls = align.teacher_tokens(teacher, to_float(images, device), cfg.teacher_size)
+        logits, depth = model(patch.transpose(1, 2).unflatten(2, (side, side)), cls, size)
+        loss, parts = dense_loss(logits, depth, masks.to(device), metres.to(device))
+        opt.zero_grad()
+        loss.backward()
+        opt.step()
+        run.log(**parts)
+    if process()[0] == 0:
+        save_task_heads(net, config, classes, folder)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -828,32 +999,54 @@ class AlignedAutoencoder(nn.Module):
         return rec, posterior, self.heads(z) if self.heads is not None else None
 
 
+class WithTokens:
+    """A data set and the teacher's tokens (N, 1 + T, D), class token first, from a file that encode_all made."""
+
+    def __init__(self, data, path):
+        self.data, self.flip, self.tokens = data, data.flip, np.load(path, mmap_mode="r")
+
+    def __len__(self):
+        return len(self.data)
+
+    def __getitems__(self, keys):
+        index, flip = zip(*keys)
+        tokens = self.tokens[np.array(flip, dtype=int), np.array(index)].astype(np.float32)
+        return (*self.data.__getitems__(keys), torch.from_numpy(tokens))
+
+
 @torch.no_grad()
-def teacher_tokens(teacher, x):
-    """Patch tokens (N, T, D) and class tokens (N, D), after the teacher's last norm, of images in [-1, 1]."""
-    out = teacher.forward_features(align.teacher_input(x, x.shape[-1]))
-    return out["x_norm_patchtokens"], out["x_norm_clstoken"]
+def encode_all(data, path, batch_size, description, encode):
+    """Write encode(x) of all images x (N, 3, H, W) in [-1, 1] to path, a float16 array (flips, images, ...), unflipped
+    and, where the data is flipped in training, flipped. Processes write disjoint rows; the file gets its name last."""
+    (rank, _, world_size), device = process(), device_of_process()
+    temporary = path.with_name(f".{path.stem}.tmp.npy")
+    shape = encode(to_float(data.__getitems__([(0, False)])[0], device)).shape[1:]
+    if rank == 0:
+        np.lib.format.open_memmap(temporary, "w+", np.float16, (2 if data.flip else 1, len(data), *shape))
+    barrier()
+    array, mine = np.load(temporary, mmap_mode="r+"), np.array_split(np.arange(len(data)), world_size)[rank]
+    with progress(len(array) * len(mine), description, "image") as bar:
+        for flip in range(len(array)):
+            for start in range(0, len(mine), batch_size):
+                rows = mine[start:start + batch_size]
+                images = data.__getitems__([(int(i), bool(flip)) for i in rows])[0]
+                array[flip, rows] = encode(to_float(images, device)).cpu().numpy()
+                bar.update(len(rows))
+    array.flush()
+    barrier()
+    if rank == 0:
+        os.replace(temporary, path)
+    barrier()
 
 
-def train_autoencoder(cfg):
-    """Stages vae and align."""
-    aligned = cfg.stage == "align"
-    names = OPTIMISER + FORWARD + AUTOENCODER + (
-        "gradient_checkpointing", "pixel_loss", "kl_weight", "perceptual_weight", "disc_weight", "disc_start")
-    if aligned:
-        cfg = dataclasses.replace(cfg, teacher=cfg.teacher or str(Path(cfg.out) / "teacher"))
-        names += ("teacher", "align_weight", "align_hidden", "fold", "pool")
-        teacher = load_teacher(cfg.teacher)
-    (folder, settings), device = claim_folder(cfg, *names), device_of_process()
-    if finished(folder, "config.json"):
-        return
-    grid = cfg.image_size >> (len(cfg.channels) - 1)                             # cells of a latent, a side
-    if grid << (len(cfg.channels) - 1) != cfg.image_size:
-        stop(f"--image-size {cfg.image_size} is not halved {len(cfg.channels) - 1} times without rest: see --channels")
-    if aligned and (grid % cfg.fold or grid // cfg.fold * teacher.patch_size != cfg.image_size):
-        stop(f"latents of {grid} x {grid} with --fold {cfg.fold} do not fit the teacher's patches of "
-             f"{teacher.patch_size} pixels in {cfg.image_size}: one token a patch, by --channels or --fold")
-    data = open_data(cfg, "train")
+def new_autoencoder(cfg):
+    """The autoencoder to train: from --init, else of the flags; and cfg with its sizes."""
+    if cfg.init:
+        autoencoder = load_autoencoder(Path(cfg.init)).train()
+        autoencoder.config.update(sample_size=cfg.image_size, latents_mean=None, latents_std=None)
+        names = dict(channels="block_out_channels", layers_per_block="layers_per_block", norm_groups="norm_num_groups",
+                     latent_channels="latent_channels")
+        return autoencoder, dataclasses.replace(cfg, **{k: autoencoder.config[name] for k, name in names.items()})
     torch.manual_seed(cfg.seed)
     try:
         autoencoder = vae.AutoencoderKL(block_out_channels=cfg.channels, layers_per_block=cfg.layers_per_block,
@@ -861,15 +1054,43 @@ def train_autoencoder(cfg):
                                         sample_size=cfg.image_size)
     except ValueError as error:
         stop(error)
+    return autoencoder, cfg
+
+
+def train_autoencoder(cfg):
+    """Stages vae and align."""
+    aligned, device = cfg.stage == "align", device_of_process()
+    autoencoder, cfg = new_autoencoder(cfg)
+    grid = cfg.image_size // autoencoder.factor                                  # cells of a latent, a side
+    if cfg.image_size % autoencoder.factor:
+        stop(f"--image-size {cfg.image_size} is not halved {len(cfg.channels) - 1} times without rest: see --channels")
+    names = OPTIMISER + FORWARD + AUTOENCODER + (
+        "init", "gradient_checkpointing", "pixel_loss", "kl_weight", "perceptual_weight", "disc_weight", "disc_start")
+    if aligned:
+        cfg, teacher = with_teacher(cfg)
+        side = cfg.teacher_size // teacher.patch_size                            # tokens, a side
+        cfg = dataclasses.replace(cfg, fold=cfg.fold or max(1, grid // side))
+        names += ("teacher", "teacher_size", "align_weight", "align_adaptive", "align_form", "align_hidden", "fold",
+                  "pool", "target", "standardize")
+    folder, settings = claim_folder(cfg, *names)
+    if finished(folder, "config.json"):
+        return
+    data, held_out = open_data(cfg, "train"), open_data(cfg, "test")
     if cfg.gradient_checkpointing:
         autoencoder.enable_gradient_checkpointing()
     heads, lpips, discriminator = None, None, None
+
+    def tokens_of(x):
+        return align.teacher_tokens(teacher, x, cfg.teacher_size, cfg.target)
+
     if aligned:
-        teacher.to(device)
-        heads = align.AlignmentHeads(cfg.latent_channels, teacher.embed_dim, cfg.align_hidden, cfg.fold, cfg.pool)
-        rows = np.linspace(0, len(data) - 1, min(len(data), 2048)).astype(int)
-        tokens = [teacher_tokens(teacher, to_float(images, device)) for images, *_ in all_batches(data, 256, rows)]
-        heads.to(device).fit_statistics(*(torch.cat(part) for part in zip(*tokens)))
+        heads = align.AlignmentHeads(cfg.latent_channels, teacher.embed_dim, cfg.align_hidden, cfg.fold, cfg.pool,
+                                     cfg.target, None if side * cfg.fold == grid else (side, side)).to(device)
+        heads.fit_norm(teacher.norm)
+        if cfg.standardize:
+            rows = np.linspace(0, len(data) - 1, min(len(data), 2048)).astype(int)
+            tokens = [tokens_of(to_float(images, device)) for images, *_ in all_batches(data, 64, rows)]
+            heads.fit_statistics(*(torch.cat(part) for part in zip(*tokens)))
     net = AlignedAutoencoder(autoencoder, heads).to(device)
     model = DDP(net) if process()[2] > 1 else net
     opt = torch.optim.AdamW(net.parameters(), lr=cfg.lr, betas=(0.9, 0.99), weight_decay=0.0)
@@ -885,7 +1106,16 @@ def train_autoencoder(cfg):
                  lpips=lpips, disc_weight=cfg.disc_weight, disc_start=cfg.disc_start, discriminator=discriminator,
                  last_layer=autoencoder.decoder.conv_out.weight)
     run = Run(cfg, folder, settings, **parts)
-    for step, (images, *_) in run.steps(data):
+    if aligned and cfg.cache_tokens:
+        def encode(x):
+            patch, cls = tokens_of(x)
+            return torch.cat([cls[:, None], patch], dim=1)
+
+        if not (folder / "tokens.npy").is_file():
+            encode_all(data, folder / "tokens.npy", 64, f"tokens {cfg.out}", encode)
+        data = WithTokens(data, folder / "tokens.npy")
+    measure = HeldOut(held_out, cfg.held_out, device, tokens_of if aligned else None)
+    for step, (images, *rest) in run.steps(data):
         x, reconstructions = to_float(images, device), []
         noise = Draws(cfg, step, device).randn(cfg.latent_channels, grid, grid)
         if discriminator is not None:
@@ -896,10 +1126,15 @@ def train_autoencoder(cfg):
                 rec, posterior, features = model(x[rows], noise[rows])
                 loss, logged = vae.autoencoder_loss(x[rows], rec, posterior, step=step, **terms)
                 if aligned:
-                    tokens = heads.standardize(*teacher_tokens(teacher, x[rows]))
-                    loss_align, cosines = align.align_loss(*features, *tokens)
-                    loss = loss + cfg.align_weight * loss_align
-                    logged.update(align=loss_align.detach(), **cosines)
+                    cached = rest[-1][rows].to(device) if cfg.cache_tokens else None
+                    tokens = (cached[:, 1:], cached[:, 0]) if cfg.cache_tokens else tokens_of(x[rows])
+                    align_loss, cosines = align.align_loss(*features, *heads.standardize(*tokens), cfg.align_form)
+                    weight = cfg.align_weight
+                    if cfg.align_adaptive:
+                        weight = weight * vae.adaptive_weight(loss, align_loss, autoencoder.encoder.conv_out.weight)
+                        logged["align_ratio"] = weight
+                    loss = loss + weight * align_loss
+                    logged.update(align=align_loss.detach(), **cosines)
             (loss / cfg.accumulate).backward()
             reconstructions.append(rec.detach())
             run.log(**logged)
@@ -913,15 +1148,41 @@ def train_autoencoder(cfg):
                 (d_loss / cfg.accumulate).backward()
                 run.log(discriminator=d_loss.detach())
             d_opt.step()
+        if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps:
+            run.log(**measure(net))
     autoencoder.eval()
     measure_latents(autoencoder, data, device)
     if process()[0] == 0:
         if aligned:
             write_json(heads.config, folder / "heads.json")
             save_safetensors(heads.state_dict(), folder / "heads.safetensors")
-        draw_reconstructions(autoencoder, open_data(cfg, "test"), folder / "samples" / "reconstructions.png", device)
+        draw_reconstructions(autoencoder, held_out, folder / "samples" / "reconstructions.png", device)
         autoencoder.save_pretrained(folder)
     barrier()
+
+
+class HeldOut:
+    """Measures an autoencoder on `count` held-out images: PSNR, and, where it is aligned, cosines to the teacher."""
+
+    def __init__(self, data, count, device, tokens_of):
+        rows = np.unique(np.linspace(0, len(data) - 1, min(count, len(data))).astype(int))
+        self.batches = []
+        for images, *_ in all_batches(data, 16, rows):
+            x = to_float(images, device)
+            self.batches.append((x, tokens_of(x) if tokens_of else None))
+
+    @torch.no_grad()
+    def __call__(self, net):
+        sums, count = {}, sum(len(x) for x, _ in self.batches)
+        for x, tokens in self.batches:
+            z = net.vae.encode(x).latent_dist.mode()
+            figures = {"psnr": vae.psnr(x, net.vae.decode(z).sample).mean()}
+            if tokens:
+                _, parts = align.align_loss(*net.heads(z), *net.heads.standardize(*tokens))
+                figures.update(cos_patch=parts["cos_patch"], cos_cls=parts["cos_cls"])
+            for name, value in figures.items():
+                sums[f"held_out_{name}"] = sums.get(f"held_out_{name}", 0) + value * len(x) / count
+        return sums
 
 
 @torch.no_grad()
@@ -957,7 +1218,6 @@ def find_autoencoder(cfg):
     return folder
 
 
-@torch.no_grad()
 def encode_latents(cfg):
     """Stage latents: moments.npy (flips, images, 2C, h, w) float16 holds mean and std, labels.npy (images,)."""
     source, device = find_autoencoder(cfg), device_of_process()
@@ -966,33 +1226,16 @@ def encode_latents(cfg):
     if finished(folder, "meta.json"):
         return
     autoencoder, data = load_autoencoder(source).to(device), open_data(cfg, "train")
-    rank, _, world_size = process()
-    grid, flips = cfg.image_size >> (len(autoencoder.config["block_out_channels"]) - 1), 2 if data.flip else 1
-    shape = (flips, len(data), 2 * autoencoder.config["latent_channels"], grid, grid)
     write_settings(folder, settings)
-    temporary, labels = folder / ".moments.tmp.npy", np.zeros(len(data), dtype=np.int64)
-    if rank == 0:
-        np.lib.format.open_memmap(temporary, mode="w+", dtype=np.float16, shape=shape)
-    barrier()
-    moments = np.load(temporary, mmap_mode="r+")
-    mine = np.array_split(np.arange(len(data)), world_size)[rank]                # processes write disjoint rows
-    with progress(len(mine) * flips, f"latents {cfg.out}", "image") as bar:
-        for flip in range(flips):
-            for start in range(0, len(mine), cfg.batch_size):
-                rows = mine[start:start + cfg.batch_size]
-                images, y, *_ = data.__getitems__([(int(i), bool(flip)) for i in rows])
-                posterior = autoencoder.encode(to_float(images, device)).latent_dist
-                moments[flip, rows] = torch.cat([posterior.mean, posterior.std], dim=1).cpu().numpy()
-                labels[rows] = y.numpy()
-                bar.update(len(rows))
-    moments.flush()
-    labels = torch.from_numpy(labels).to(device)
-    if world_size > 1:
-        dist.all_reduce(labels)
-    if rank == 0:
-        os.replace(temporary, folder / "moments.npy")
+
+    def encode(x):
+        posterior = autoencoder.encode(x).latent_dist
+        return torch.cat([posterior.mean, posterior.std], dim=1)
+
+    encode_all(data, folder / "moments.npy", cfg.batch_size, f"latents {cfg.out}", encode)
+    if process()[0] == 0:
         with atomic_file(folder / "labels.npy") as file:
-            np.save(file, labels.cpu().numpy())
+            np.save(file, data.labels.numpy())
         write_json({"autoencoder": settings["autoencoder"], "classes": list(data.classes)}, folder / "meta.json")
     barrier()
 
@@ -1141,11 +1384,10 @@ def score_samples(path, evaluator, real, rec_feats, label):
             f"class accuracy of samples, {label}": accuracy}, (images, labels)
 
 
-def score_tasks(features, cls_token, task_heads, segments, depth):
-    """Figures of masks and depth read off features (N, D, gh, gw) and class tokens (N, D); and both, (N, H, W)."""
-    mask, read = read_tasks(features, cls_token, task_heads, depth.shape[-1])
-    return {"masks from latents, mIoU": mean_iou(mask, segments, len(SEGMENTS)),
-            "depth from latents, relative error": ((read - depth).abs() / depth).mean().item()}, (mask, read)
+def score_tasks(read, truth):
+    """Figures of masks and depth (N, H, W) that were read off something, against others: mIoU, relative error."""
+    (mask, depth), (segments, metres) = read, truth
+    return mean_iou(mask, segments, len(SEGMENTS)), ((depth - metres).abs() / metres).mean().item()
 
 
 def score_latents(heads, z_train, z_test, tokens_test, train_labels, test_labels, num_classes):
@@ -1171,20 +1413,34 @@ def report(cfg):
         if name in ("data", "scenes", "image_size") and value != getattr(cfg, name):
             stop(f"{out} holds a run with {name} = {value}, not {getattr(cfg, name)}: give the flags of the run")
     test, train = open_data(cfg, "test"), open_data(dataclasses.replace(cfg, scenes=min(cfg.scenes, 8000)), "train")
-    teacher, evaluator = load_teacher(out / "teacher").to(device), Evaluator(len(test.classes)).to(device)
+    settings = read_settings(autoencoder_folder(arms["aligned"]))
+    teacher, evaluator = load_teacher(settings["teacher"]).to(device), Evaluator(len(test.classes)).to(device)
     evaluator.load_state_dict(load_weights(out / "evaluator" / "evaluator.safetensors"))
     evaluator.eval()
-    task_heads = load_task_heads(out / "teacher")                                # None where the data has no such truth
-    if task_heads is not None:
-        task_heads = [head.to(device) for head in task_heads]
+    task_heads = None                                                            # where the data has no such truth
+    if (out / "teacher" / "heads.json").is_file():
+        task_heads = load_task_heads([out / "teacher"])
+        task_heads.segmentation.to(device)
+        task_heads.depth.to(device)
+
+    def tokens_of(x, target=settings["target"]):
+        return align.teacher_tokens(teacher, x, settings["teacher_size"], target)
+
+    def read_images(x):
+        """Masks and depth by the teacher itself."""
+        patch, cls = tokens_of(x, "norm")
+        side = settings["teacher_size"] // teacher.patch_size
+        return read_tasks(task_heads, cfg.image_size, patch.transpose(1, 2).unflatten(2, (side, side)), cls)
 
     test_images, test_labels, *truth = (torch.cat(part).to(device) for part in zip(*all_batches(test, 500)))
     subset = range(0, len(train), max(1, len(train) // 8000))                    # a folder lists class after class
     train_images, train_labels, *_ = (torch.cat(part).to(device) for part in zip(*all_batches(train, 500, subset)))
     x_test, x_train = to_float(test_images, device), to_float(train_images, device)
     real, real_logits = in_batches(evaluator, x_test)
-    tokens_test = in_batches(lambda x: teacher_tokens(teacher, x), x_test)
-    table, pictures, read = {}, {"original": test_images}, {}
+    tokens_test = in_batches(tokens_of, x_test)
+    table, pictures, read, pooled = {}, {"original": test_images}, {}, {}
+    if task_heads is not None:
+        read["teacher"] = in_batches(read_images, x_test)
     for name, arm in arms.items():
         folder = autoencoder_folder(arm)
         autoencoder = load_autoencoder(folder).to(device)
@@ -1196,7 +1452,7 @@ def report(cfg):
         else:
             torch.manual_seed(cfg.seed)
             heads = align.AlignmentHeads(**load_heads(autoencoder_folder(arms["aligned"])).config).to(device)
-            tokens = in_batches(lambda x: teacher_tokens(teacher, x), x_train)
+            tokens = in_batches(tokens_of, x_train)
             heads.fit_statistics(*tokens)
             heads = fit_heads(heads, z_train, *tokens, cfg.seed)
         rec = in_batches(lambda z: to_uint8(autoencoder.decode(z).sample), z_test)
@@ -1211,9 +1467,16 @@ def report(cfg):
             figures, pictures[name + suffix] = score_samples(path, evaluator, real, rec_feats, label)
             row.update(figures)
         if task_heads is not None:
-            features = in_batches(heads.feature_map, z_test), in_batches(heads.class_token, z_test)
-            figures, read[name] = score_tasks(*features, task_heads, *truth)
-            row.update(figures)
+            z_new = torch.from_numpy(np.load(arm / "samples-latents.npy")).to(device)
+            x_new = to_float(pictures[name][0], device)
+            read[name], new, own = (in_batches(function, x) for function, x in (
+                (lambda z: read_latents(heads, task_heads, z, cfg.image_size), z_test),
+                (lambda z: read_latents(heads, task_heads, z, cfg.image_size), z_new), (read_images, x_new)))
+            names = ("masks from latents, mIoU", "depth from latents, relative error",
+                     "masks of generated latents, mIoU with the teacher's of the images",
+                     "depth of generated latents, difference from the teacher's")
+            row.update(zip(names, (*score_tasks(read[name], truth), *score_tasks(new, own))))
+        pooled[name] = F.adaptive_avg_pool2d(autoencoder.normalize(z_test), 4).flatten(1)[::max(1, len(z_test) // 1000)]
         table[name] = row
     # the end of the scale: what real images score, and what the teacher reads off the images themselves
     some = torch.randperm(len(x_train), generator=generator(cfg.seed, 3))[:cfg.num_samples]
@@ -1221,10 +1484,12 @@ def report(cfg):
     ideal = {"FD of samples, no guidance": frechet(others, real),
              "class accuracy of samples, no guidance": (real_logits.argmax(1) == test_labels).float().mean().item()}
     if task_heads is not None:
-        side = cfg.image_size // teacher.patch_size
-        features = tokens_test[0].transpose(1, 2).unflatten(2, (side, side))
-        figures, read["teacher"] = score_tasks(features, tokens_test[1], task_heads, *truth)
-        ideal.update(figures)
+        ideal.update(zip(("masks from latents, mIoU", "depth from latents, relative error"),
+                         score_tasks(read["teacher"], truth)))
+    if len(pooled["plain"]) >= 90:                                               # fewer points have no neighbourhoods
+        shown = {f"{name} latents of held-out images, t-SNE": align.tsne(x.cpu()) for name, x in pooled.items()}
+        colors = test_labels[::max(1, len(test_labels) // 1000)].cpu()
+        save_picture(scatter(shown, colors, test.classes), out / "embedding.png")
     write_json({**table, "real images, teacher": ideal}, out / "report.json")
     draw_report(out, test.classes, test_labels.cpu(), pictures, read, truth)
     write_report(cfg, out, table, ideal, time.time() - started)
@@ -1247,7 +1512,7 @@ def draw_report(out, classes, labels, pictures, read, truth):
             columns[f"mask, {name}"] = align.colorize_mask(mask[rows.flatten()], len(SEGMENTS)).unflatten(0, rows.shape)
         for name, (_, depth) in read.items():
             columns[f"depth, {name}"] = align.colorize_depth(depth[rows.flatten()], NEAR, FAR).unflatten(0, rows.shape)
-        save_picture(sheet(columns), out / "tasks.png")
+        save_picture(sheet(columns, legend=legend_of(truth[0].long(), SEGMENTS)), out / "tasks.png")
     curves = {}
     for name in ("plain", "aligned"):
         for title, folder in (("autoencoder", autoencoder_folder(out / name)), ("SiT", out / name / "sit")):
@@ -1275,7 +1540,7 @@ def write_report(cfg, out, table, ideal, seconds):
     timings = json.loads((out / "timings.json").read_text()) if (out / "timings.json").is_file() else {}
     timings["report"] = seconds
     shown = ["curves.png", "real.png", "reconstructions.png", "samples.png", "samples-guided.png"]
-    shown += [name for name in ("tasks.png", "aligned/samples-tasks.png") if (out / name).is_file()]
+    shown += [name for name in ("embedding.png", "tasks.png", "aligned/samples-tasks.png") if (out / name).is_file()]
     text = [f"# Plain and aligned latents: {cfg.data}, seed {cfg.seed}", "", *lines, "", verdict, "",
             "FD is the Frechet distance of the features of this run's own evaluator network to held-out images: it is "
             "no FID and compares with nothing outside this run. The last column gives what real images score, masks "
@@ -1329,7 +1594,7 @@ def chain(cfg):
         tasks = ["--tasks", "features", *(("segmentation", "depth") if cfg.data == "scenes" else ())]
         return [sys.executable, str(Path(__file__).with_name("sample.py")), "--run", run,
                 "--out", f"{run}/{name}.npz", "--num", str(settings.num_samples), "--num-steps", "8",
-                "--seed", str(cfg.seed), "--cfg-scale", str(scale),
+                "--seed", str(cfg.seed), "--cfg-scale", str(scale), *(("--latents",) if name == "samples" else ()),
                 *(tasks if run == aligned and name == "samples" else ())]
 
     arms = ("plain", "aligned")
@@ -1398,8 +1663,10 @@ def run_stage(cfg):
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     if torch.cuda.is_available():
         torch.cuda.set_device(device_of_process())
-    {"teacher": train_classifier, "evaluator": train_classifier, "vae": train_autoencoder, "align": train_autoencoder,
-     "latents": encode_latents, "sit": train_diffusion, "dit": train_diffusion, "report": report}[cfg.stage](cfg)
+    stages = {"teacher": train_classifier, "evaluator": train_classifier, "heads": train_heads,
+              "vae": train_autoencoder, "align": train_autoencoder, "latents": encode_latents,
+              "sit": train_diffusion, "dit": train_diffusion, "report": report}
+    stages[cfg.stage](cfg)
     if process()[2] > 1:
         dist.destroy_process_group()
 

@@ -36,6 +36,11 @@ from tqdm import tqdm
 # ---------------------------------------------------------------------------------------------------------------------
 # Building blocks
 
+def fast_layout(x):
+    """x in the memory layout in which convolutions are fastest: channels last, but for the backward pass on a CPU."""
+    return x if x.device.type == "cpu" and torch.is_grad_enabled() else x.contiguous(memory_format=torch.channels_last)
+
+
 def silu(x):
     """x sigmoid(x), in place where no gradient will ask for x."""
     return F.silu(x, inplace=not torch.is_grad_enabled())
@@ -159,7 +164,7 @@ class Encoder(nn.Module):
         self.conv_out = nn.Conv2d(channels[-1], 2 * latent_channels, 3, padding=1)
 
     def forward(self, x):
-        h = self.conv_in(x)
+        h = self.conv_in(fast_layout(x))
         for block in self.down_blocks:
             h = block(h)
         return self.conv_out(silu(self.conv_norm_out(self.mid_block(h))))
@@ -180,7 +185,7 @@ class Decoder(nn.Module):
         self.conv_out = nn.Conv2d(channels[-1], out_channels, 3, padding=1)
 
     def forward(self, z):
-        h = self.mid_block(self.conv_in(z))
+        h = self.mid_block(self.conv_in(fast_layout(z)))
         for block in self.up_blocks:
             h = block(h)
         return self.conv_out(silu(self.conv_norm_out(h)))
@@ -245,7 +250,6 @@ class AutoencoderKL(nn.Module):
         self.decoder = Decoder(latent_channels, out_channels, channels, layers_per_block, norm_num_groups)
         self.quant_conv = nn.Conv2d(2 * latent_channels, 2 * latent_channels, 1)
         self.post_quant_conv = nn.Conv2d(latent_channels, latent_channels, 1)
-        self.to(memory_format=torch.channels_last)                               # the faster layout, on CPU and GPU
 
     @property
     def factor(self):
@@ -381,7 +385,7 @@ class LPIPS(nn.Module):
         if lin is not None:
             weights = load_weights(lin)
             load_strict(self.lin, {k[3:].replace("model.1.", ""): v for k, v in weights.items()}, lin)
-        self.requires_grad_(False).to(memory_format=torch.channels_last)
+        self.requires_grad_(False)
 
     @classmethod
     def from_published(cls):
@@ -393,7 +397,7 @@ class LPIPS(nn.Module):
 
     def stages(self, x):
         """Five maps of unit-length features, fine to coarse."""
-        h, maps = (x - self.shift) / self.scale, []
+        h, maps = fast_layout((x - self.shift) / self.scale), []
         for i, stage in enumerate(self.STAGES):
             h = h if i == 0 else F.max_pool2d(h, 2)
             for index in stage:
@@ -518,7 +522,7 @@ SAFETENSORS_TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.fl
                      "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
 
 
-# === shared by vae.py, align.py and fid.py: begin ===
+# === shared by vae.py and align.py: begin ===
 def fetch(address, sha256=None):
     """Path of a published file in ~/.cache/reals (or $REALS_CACHE), downloaded if it is not there yet.
 
@@ -556,7 +560,39 @@ def fetch(address, sha256=None):
             raise OSError(f"{address} did not send the bytes that were published (sha256 differs): removed, try again")
     os.replace(part, path)
     return path
-# === shared by vae.py, align.py and fid.py: end ===
+
+
+def load_torch(path):
+    """Dict of tensors from a file of torch's own format, or from the "state_dict" in it; weights_only=True unpickles
+    nothing else. Raises FileNotFoundError, or ValueError for a file that is damaged or holds more than tensors."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path} not found: want a file of weights")
+    try:
+        weights = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise ValueError(f"{path} is damaged, or holds more than tensors, which is not read here: "
+                         "fetch it anew, or save its state dict alone") from None
+    except (RuntimeError, EOFError, ValueError, KeyError) as error:
+        raise ValueError(f"{path} cannot be read ({str(error).splitlines()[0]}): fetch the file anew") from None
+    weights = weights.get("state_dict", weights) if isinstance(weights, dict) else {"": weights}
+    for name, value in weights.items():
+        if not torch.is_tensor(value):
+            raise ValueError(f"{path} is no state dict: {name!r} is no tensor")
+    return weights
+
+
+def load_strict(module, weights, path):
+    """module.load_state_dict(weights) with a ValueError of one line: the first names that are missing, not expected or
+    of another shape. `path` is where the weights are from."""
+    own = module.state_dict()
+    wrong = {"missing": [k for k in own if k not in weights], "unexpected": [k for k in weights if k not in own],
+             "of another shape": [k for k in own if k in weights and weights[k].shape != own[k].shape]}
+    said = [f"{len(names)} {kind} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+            for kind, names in wrong.items() if names]
+    if said:
+        raise ValueError(f"{path} does not fit the network: {'; '.join(said)}")
+    module.load_state_dict(weights)
+# === shared by vae.py and align.py: end ===
 
 
 @contextlib.contextmanager
@@ -637,26 +673,10 @@ def load_safetensors(path):
 
 
 def load_weights(path):
-    """Dict of tensors from .safetensors, or from torch's own format read with weights_only=True (nothing unpickled),
-    there also from the "state_dict" of a checkpoint. Raises FileNotFoundError, or ValueError for a file that is damaged
-    or holds more than tensors."""
+    """Dict of tensors from .safetensors, or from torch's own format. Raises FileNotFoundError, or ValueError for a file
+    that is damaged or holds more than tensors."""
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} not found: want a file of weights")
-    if path.suffix == ".safetensors":
-        return load_safetensors(path)
-    try:
-        weights = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
-        raise ValueError(f"{path} is damaged, or holds more than tensors, which is not read here: "
-                         "fetch it anew, or save its state dict alone") from None
-    except (RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise ValueError(f"{path} cannot be read ({str(error).splitlines()[0]}): fetch the file anew") from None
-    weights = weights.get("state_dict", weights) if isinstance(weights, dict) else {"": weights}
-    for name, value in weights.items():
-        if not torch.is_tensor(value):
-            raise ValueError(f"{path} is no state dict: {name!r} is no tensor")
-    return weights
+    return load_safetensors(path) if path.suffix == ".safetensors" and path.is_file() else load_torch(path)
 
 
 def read_config(path):
@@ -718,16 +738,3 @@ def diffusers_names(weights):
             value = value[:, :, 0, 0]
         renamed[name] = value
     return renamed
-
-
-def load_strict(module, weights, path):
-    """module.load_state_dict(weights) with a ValueError of one line: the first names that are missing, not expected or
-    of another shape. `path` is where the weights are from."""
-    own = module.state_dict()
-    wrong = {"missing": [k for k in own if k not in weights], "unexpected": [k for k in weights if k not in own],
-             "of another shape": [k for k in own if k in weights and weights[k].shape != own[k].shape]}
-    said = [f"{len(names)} {kind} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
-            for kind, names in wrong.items() if names]
-    if said:
-        raise ValueError(f"{path} does not fit the network: {'; '.join(said)}")
-    module.load_state_dict(weights)

@@ -90,6 +90,7 @@ class Config:
     disc_weight: float = flag(0.0, "weight of the GAN loss, times its adaptive weight")
     disc_start: int = flag(0, "first step with the GAN loss")
     held_out: int = flag(256, "autoencoder: held-out images on which it is measured at every checkpoint")
+    statistics: int = flag(16384, "autoencoder: images, at most, that tell mean and deviation of its latents")
     init: str = flag(None, "vae, align: start from this autoencoder: folder of diffusers' layout, or file of weights")
     teacher: str = flag(None, "align, heads: folder of stage teacher (default: OUT/teacher), or a published name, for "
                         "example dinov2_vitb14")
@@ -1091,7 +1092,7 @@ def train_autoencoder(cfg):
             rows = np.linspace(0, len(data) - 1, min(len(data), 2048)).astype(int)
             tokens = [tokens_of(to_float(images, device)) for images, *_ in all_batches(data, 64, rows)]
             heads.fit_statistics(*(torch.cat(part) for part in zip(*tokens)))
-    net = AlignedAutoencoder(autoencoder, heads).to(device)
+    net = AlignedAutoencoder(autoencoder, heads).to(device).train()
     model = DDP(net) if process()[2] > 1 else net
     opt = torch.optim.AdamW(net.parameters(), lr=cfg.lr, betas=(0.9, 0.99), weight_decay=0.0)
     parts = dict(net=net, opt=opt)
@@ -1151,7 +1152,7 @@ def train_autoencoder(cfg):
         if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps:
             run.log(**measure(net))
     autoencoder.eval()
-    measure_latents(autoencoder, data, device)
+    measure_latents(autoencoder, data, device, cfg.statistics)
     if process()[0] == 0:
         if aligned:
             write_json(heads.config, folder / "heads.json")
@@ -1167,7 +1168,7 @@ class HeldOut:
     def __init__(self, data, count, device, tokens_of):
         rows = np.unique(np.linspace(0, len(data) - 1, min(count, len(data))).astype(int))
         self.batches = []
-        for images, *_ in all_batches(data, 16, rows):
+        for images, *_ in all_batches(data, 4, rows):
             x = to_float(images, device)
             self.batches.append((x, tokens_of(x) if tokens_of else None))
 
@@ -1192,14 +1193,14 @@ def draw_reconstructions(autoencoder, data, path, device):
     rows = np.linspace(0, len(data) - 1, min(len(data), per_row ** 2) // per_row * per_row).astype(int)
     images = torch.cat([part for part, *_ in all_batches(data, 16, rows)])
     rec = [to_uint8(autoencoder.decode(autoencoder.encode(x).latent_dist.mode()).sample).cpu()
-           for x in to_float(images, device).split(16)]
+           for x in to_float(images, device).split(4)]
     columns = {"held-out images": images, "reconstructions": torch.cat(rec)}
     path.parent.mkdir(exist_ok=True)
     save_picture(sheet({title: x.unflatten(0, (-1, per_row)) for title, x in columns.items()},
                        scale=1 if images.shape[-1] >= 128 else 2), path)
 
 
-def measure_latents(autoencoder, data, device, count=16384):
+def measure_latents(autoencoder, data, device, count):
     """Statistics of the latents of at most `count` training images, spread evenly over the data, into the config."""
     rank, _, world_size = process()
     rows = np.unique(np.linspace(0, len(data) - 1, min(count, len(data))).astype(int))

@@ -256,6 +256,12 @@ class AutoencoderKL(nn.Module):
         """Pixels a side of a latent cell: f = 2^(levels - 1)."""
         return 2 ** (len(self.config["block_out_channels"]) - 1)
 
+    def train(self, mode=True):
+        """As ever; and the weights take the layout of `fast_layout`: channels last, but for training on a CPU."""
+        slow = mode and self.quant_conv.weight.device.type == "cpu"
+        self.to(memory_format=torch.contiguous_format if slow else torch.channels_last)
+        return super().train(mode)
+
     def enable_gradient_checkpointing(self):
         """Keep only the inputs of every block for the backward pass: far less memory, a third more time."""
         for module in self.modules():

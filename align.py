@@ -690,7 +690,7 @@ def draw_embedding(args):
     for folder in args.vae:
         vae = sample.load_autoencoder(folder)
         data = train.open_data(train.Config(data=args.input[0], image_size=vae.config["sample_size"]), "test")
-        rows = torch.linspace(0, len(data) - 1, min(args.num, len(data))).long().unique().tolist()
+        rows = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))[:args.num].tolist()
         pooled, labels = [], []
         for images, y, *_ in train.all_batches(data, 50, rows):
             z = vae.normalize(vae.encode(sample.to_float(images, "cpu")).latent_dist.mode())

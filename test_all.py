@@ -1371,6 +1371,84 @@ def test_gradient_accumulation_changes_nothing(whole, tmp_path, stage, weights):
         torch.testing.assert_close(a, results[1][name], rtol=1e-3, atol=2e-5, msg=lambda m: f"{name}: {m}")
 
 
+def test_every_option_of_the_alignment(whole, tmp_path):
+    """From another autoencoder, to tokens of another grid, before the norm, by an adaptive weight."""
+    words = ["--stage", "align", "--out", tmp_path, "--teacher", whole / "teacher", *SMALL, "--steps", 3, "--log-every",
+             1, "--save-every", 1, "--init", whole / "plain" / "vae", "--teacher-size", 48, "--target", "prenorm",
+             "--align-form", "cosine", "--align-adaptive", "--pool", 1, "--cache-tokens", "--lr", 1e-9]
+    command("train.py", *words)
+    lines, config = log_without_rates(tmp_path / "align"), json.loads((tmp_path / "align" / "heads.json").read_text())
+    assert config["grid"] == [12, 12] and config["target"] == "prenorm" and config["pool"] == 1
+    for line in lines:
+        assert {"mse", "kl", "align", "align_ratio", "cos_patch", "cos_cls", "l1_patch", "l1_cls", "held_out_psnr",
+                "held_out_cos_patch", "held_out_cos_cls"} <= line.keys()
+    assert np.load(tmp_path / "align" / "tokens.npy", mmap_mode="r").shape == (1, 240, 1 + 144, 96)
+    start, end = (vae.AutoencoderKL.from_pretrained(folder) for folder in (whole / "plain" / "vae", tmp_path / "align"))
+    for name, value in start.state_dict().items():
+        torch.testing.assert_close(end.state_dict()[name], value, rtol=0, atol=1e-6)
+    heads, teacher = sample.load_heads(tmp_path / "align"), train.load_teacher(whole / "teacher")
+    z = torch.randn(2, 4, 8, 8)
+    raw = heads.feature_map(z, normed=False).flatten(2).transpose(1, 2)
+    torch.testing.assert_close(heads.feature_map(z).flatten(2).transpose(1, 2), teacher.norm(raw))
+
+
+def test_cached_tokens_train_like_the_teacher_itself(whole, tmp_path):
+    results = []
+    for name, words in (("teacher", []), ("cache", ["--cache-tokens"])):
+        command("train.py", "--stage", "align", "--out", tmp_path / name, "--teacher", whole / "teacher", *SMALL,
+                "--steps", 3, "--lr", 1e-4, *words)
+        results.append(vae.load_weights(tmp_path / name / "align" / "heads.safetensors"))
+    for name, a in results[0].items():
+        torch.testing.assert_close(a, results[1][name], rtol=1e-2, atol=2e-4, msg=lambda m: f"{name}: {m}")
+
+
+def test_a_published_teacher_and_heads_of_ones_own(whole, tmp_path, vits):
+    """DINOv2 and a head by their published names in the cache; heads trained on a folder of images, masks and depth."""
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    torch.save(vits["dinov2_vits14"].state_dict(), cache / "dinov2_vits14_pretrain.pth")
+    torch.save({f"decode_head.{k}": v for k, v in align.SegmentationHead(384, 21).state_dict().items()},
+               cache / "dinov2_vits14_voc2012_linear_head.pth")
+    words = [*SMALL, "--steps", 2, "--teacher", "dinov2_vits14", "--teacher-size", 28, "--held-out", 8]
+    command("train.py", "--stage", "align", "--out", tmp_path, *words, REALS_CACHE=str(cache))
+    assert json.loads((tmp_path / "align" / "heads.json").read_text())["fold"] == 4       # 8 cells, 2 tokens a side
+
+    data = tmp_path / "data"
+    images, _, segments, depth = train.draw_scenes(0, np.arange(40), 40)
+    for i in range(40):
+        for kind, picture in (("images", images[i].permute(1, 2, 0).numpy()),
+                              ("masks", segments[i].numpy().astype(np.uint8)),
+                              ("depth", (1000 * depth[i]).numpy().astype(np.uint16))):
+            (data / kind).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(picture).save(data / kind / f"{i:02}.png")
+    (data / "classes.txt").write_text("\n".join(train.SEGMENTS) + "\n")
+    command("train.py", "--stage", "heads", "--data", data, "--out", tmp_path, *words, "--batch-size", 8,
+            REALS_CACHE=str(cache))
+    heads = sample.load_task_heads([tmp_path / "heads"])
+    assert tuple(heads.classes) == train.SEGMENTS and heads.depth.bins[-1] == pytest.approx(12, abs=0.1)
+    batch = train.DenseFolder(data, "train", 32).__getitems__([(0, False)])
+    assert [tuple(part.shape) for part in batch] == [(1, 3, 32, 32), (1,), (1, 32, 32), (1, 32, 32)]
+    assert set(batch[2].unique().tolist()) <= set(range(12)) and 2 < batch[3].min() <= batch[3].max() <= 12.001
+
+    for sources in ([tmp_path / "heads"], ["dinov2_vits14_voc2012_linear_head", tmp_path / "heads"]):
+        command("align.py", "features", data / "images" / "00.png", data / "images" / "01.png", "--vae",
+                tmp_path / "align", "--heads", *sources, "--out", tmp_path / "features.png", REALS_CACHE=str(cache))
+        assert Image.open(tmp_path / "features.png").width > 800
+    assert "width 96" in refused("align.py", "features", data / "images" / "00.png", "--vae", tmp_path / "align",
+                                 "--heads", whole / "teacher", REALS_CACHE=str(cache))
+    assert "give --teacher" in refused("align.py", "features", data / "images" / "00.png", "--vae", tmp_path / "align",
+                                       "--teacher", whole / "teacher", REALS_CACHE=str(cache))
+    Image.fromarray(np.full((40, 40), 77, np.uint8)).save(data / "masks" / "03.png")
+    assert "has class 77" in refused("train.py", "--stage", "heads", "--data", data, "--out", tmp_path / "x", *words,
+                                     REALS_CACHE=str(cache))
+
+
+def test_embeddings_are_drawn(whole, tmp_path):
+    command("align.py", "embedding", "scenes", "--vae", whole / "plain" / "vae", whole / "aligned" / "align", "--num",
+            100, "--out", tmp_path / "two.png")
+    assert Image.open(tmp_path / "two.png").width > 800
+
+
 def test_reconstructions_are_measured_and_written(whole, tmp_path, lpips_cache):
     """The same on one process and on two, and the figures are those of the images that are written."""
     results = []
@@ -1539,8 +1617,11 @@ def test_missing_and_foreign_inputs_are_refused(whole, tmp_path):
     settings = json.loads((arm / "sit" / "settings.json").read_text())
     (arm / "sit" / "settings.json").write_text(json.dumps({**settings, "vae": "gone/vae"}))
     assert "is not the autoencoder" in refused("sample.py", "--run", arm, "--num", 2, "--out", tmp_path / "x.npz")
-    assert "do not fit the teacher" in refused("train.py", "--stage", "align", "--out", tmp_path / "f", "--teacher",
-                                               whole / "teacher", *SMALL, "--fold", 2)
+    words = ["--stage", "align", "--out", tmp_path / "f", *SMALL]
+    assert "multiple of the teacher's patches" in refused("train.py", *words, "--teacher", whole / "teacher",
+                                                          "--teacher-size", 30)
+    assert "config.json not found" in refused("train.py", *words, "--teacher", whole / "teacher", "--init", tmp_path)
+    assert "published name" in refused("train.py", *words, "--teacher", "dinov2_vitx14")
 
 
 @pytest.mark.parametrize("words, says", [

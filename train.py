@@ -726,6 +726,47 @@ def plot(panels, size=(300, 200), per_row=3):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Heads for masks and depth, as stages teacher and heads train them
+
+class TaskHeads(nn.Module):
+    """Segmentation and depth heads on features (N, D, gh, gw) and class tokens (N, D), in one forward for DDP."""
+
+    def __init__(self, config):
+        super().__init__()
+        for name, network in (("segmentation", align.SegmentationHead), ("depth", align.DepthHead)):
+            setattr(self, name, network(**config[name]) if config[name] else None)
+
+    def forward(self, features, cls, size):
+        """-> class logits (N, S, size, size) and depth (N, size, size); None for a head that is not there."""
+        def enlarged(x):
+            return F.interpolate(x, size=(size, size), mode="bilinear", align_corners=False)
+
+        return (enlarged(self.segmentation(features)) if self.segmentation else None,
+                enlarged(self.depth(features, cls))[:, 0] if self.depth else None)
+
+
+def dense_loss(logits, depth, masks, metres):
+    """Cross entropy of segments and 5 times the squared log error of depth, where they are known; and both parts."""
+    loss, parts = 0, {}
+    if logits is not None:
+        parts["segment_loss"] = F.cross_entropy(logits, masks.long(), ignore_index=255)
+    if depth is not None:
+        known = metres > 0
+        squares = (depth.log() - metres.clamp(min=1e-3).log()).square()
+        parts["depth_loss"] = (squares * known).sum() / known.sum().clamp(min=1)
+        loss = 5 * parts["depth_loss"]
+    return loss + parts.get("segment_loss", 0), {name: value.detach() for name, value in parts.items()}
+
+
+def save_task_heads(heads, config, classes, folder):
+    """heads.json and the weights of the heads that are there."""
+    write_json({**config, "classes": list(classes)}, folder / "heads.json")
+    for name in ("segmentation", "depth"):
+        if config[name]:
+            save_safetensors(getattr(heads, name).state_dict(), folder / f"{name}_head.safetensors")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Stages teacher and evaluator: two classifiers that share nothing; what is aligned to one is judged by the other
 
 class Teacher(nn.Module):
@@ -911,44 +952,6 @@ class DenseFolder:
         index = torch.tensor([i for i, _ in keys])
         return (torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2), index, torch.from_numpy(np.stack(masks)),
                 torch.from_numpy(np.stack(depths)).float() / 1000)
-
-
-class TaskHeads(nn.Module):
-    """Segmentation and depth heads on features (N, D, gh, gw) and class tokens (N, D), in one forward for DDP."""
-
-    def __init__(self, config):
-        super().__init__()
-        for name, network in (("segmentation", align.SegmentationHead), ("depth", align.DepthHead)):
-            setattr(self, name, network(**config[name]) if config[name] else None)
-
-    def forward(self, features, cls, size):
-        """-> class logits (N, S, size, size) and depth (N, size, size); None for a head that is not there."""
-        def enlarged(x):
-            return F.interpolate(x, size=(size, size), mode="bilinear", align_corners=False)
-
-        return (enlarged(self.segmentation(features)) if self.segmentation else None,
-                enlarged(self.depth(features, cls))[:, 0] if self.depth else None)
-
-
-def dense_loss(logits, depth, masks, metres):
-    """Cross entropy of segments and 5 times the squared log error of depth, where they are known; and both parts."""
-    loss, parts = 0, {}
-    if logits is not None:
-        parts["segment_loss"] = F.cross_entropy(logits, masks.long(), ignore_index=255)
-    if depth is not None:
-        known = metres > 0
-        squares = (depth.log() - metres.clamp(min=1e-3).log()).square()
-        parts["depth_loss"] = (squares * known).sum() / known.sum().clamp(min=1)
-        loss = 5 * parts["depth_loss"]
-    return loss + parts.get("segment_loss", 0), {name: value.detach() for name, value in parts.items()}
-
-
-def save_task_heads(heads, config, classes, folder):
-    """heads.json and the weights of the heads that are there."""
-    write_json({**config, "classes": list(classes)}, folder / "heads.json")
-    for name in ("segmentation", "depth"):
-        if config[name]:
-            save_safetensors(getattr(heads, name).state_dict(), folder / f"{name}_head.safetensors")
 
 
 def train_heads(cfg):
@@ -1336,7 +1339,7 @@ def linear_probe(train, train_labels, test, test_labels, num_classes):
     return ((test @ weight[1:] + weight[0]).argmax(1) == test_labels).float().mean().item()
 
 
-def fit_heads(heads, latents, patch_tokens, cls_token, seed, steps=500, batch=64):
+def fit_heads(heads, latents, patch_tokens, cls_token, seed, form, steps=500, batch=64):
     """Train the MLPs of a plain autoencoder afterwards, on its frozen latents: what is in them anyway."""
     opt = torch.optim.AdamW(heads.parameters(), lr=2e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(opt, 2e-3, total_steps=steps, pct_start=0.05)
@@ -1344,7 +1347,8 @@ def fit_heads(heads, latents, patch_tokens, cls_token, seed, steps=500, batch=64
     with progress(steps, "report: MLPs for the plain latents", "step") as bar:
         for _ in range(steps):
             rows = torch.from_numpy(rng.integers(len(latents), size=batch))
-            loss, _ = align.align_loss(*heads(latents[rows]), *heads.standardize(patch_tokens[rows], cls_token[rows]))
+            target = heads.standardize(patch_tokens[rows], cls_token[rows])
+            loss, _ = align.align_loss(*heads(latents[rows]), *target, form)
             opt.zero_grad()
             loss.backward()
             opt.step()
@@ -1373,32 +1377,107 @@ def frechet(a, b):
     return fid.frechet_distance(*fid.feature_statistics(a.cpu()), *fid.feature_statistics(b.cpu()))
 
 
-def score_samples(path, evaluator, real, rec_feats, label):
-    """Figures of a file of samples, under `label`, and the samples: images (N, 3, H, W) uint8 and labels (N,)."""
-    with np.load(path) as archive:
-        images, labels = (torch.from_numpy(archive[name]) for name in ("arr_0", "arr_1"))
-    images = images.permute(0, 3, 1, 2)
-    feats, logits = in_batches(evaluator, to_float(images, real.device))
-    accuracy = (logits.argmax(1).cpu() == labels).float().mean().item()
-    return {f"FD of samples, {label}": frechet(feats, real),
-            f"FD of samples to own reconstructions, {label}": frechet(feats, rec_feats),
-            f"class accuracy of samples, {label}": accuracy}, (images, labels)
-
-
 def score_tasks(read, truth):
-    """Figures of masks and depth (N, H, W) that were read off something, against others: mIoU, relative error."""
+    """Masks and depth (N, H, W) against others: mean intersection over union, relative error."""
     (mask, depth), (segments, metres) = read, truth
     return mean_iou(mask, segments, len(SEGMENTS)), ((depth - metres).abs() / metres).mean().item()
 
 
-def score_latents(heads, z_train, z_test, tokens_test, train_labels, test_labels, num_classes):
-    """Figures of latents (N, C, h, w): how near the MLPs bring them to the teacher, how linear the classes are."""
-    patch, cls = in_batches(heads, z_test)
-    patch_target, cls_target = heads.standardize(*tokens_test)
-    accuracy = linear_probe(z_train.flatten(1), train_labels, z_test.flatten(1), test_labels, num_classes)
-    return {"cosine to the teacher, patches": F.cosine_similarity(patch, patch_target, dim=-1).mean().item(),
+TASK_FIGURES = ("masks from latents, mIoU", "depth from latents, relative error")
+
+
+class Judge:
+    """What both arms are held against: real images, the teacher's reading of them, an independent network."""
+
+    def __init__(self, cfg, out, settings, device):
+        self.cfg, self.settings, self.device = cfg, settings, device
+        test = open_data(cfg, "test")
+        train = open_data(dataclasses.replace(cfg, scenes=min(cfg.scenes, 8000)), "train")
+        self.classes = test.classes
+        self.teacher = load_teacher(settings["teacher"]).to(device)
+        self.evaluator = Evaluator(len(test.classes)).to(device).eval()
+        self.evaluator.load_state_dict(load_weights(out / "evaluator" / "evaluator.safetensors"))
+        self.task_heads = None                                                   # where the data has no such truth
+        if (out / "teacher" / "heads.json").is_file():
+            self.task_heads = load_task_heads([out / "teacher"])
+            self.task_heads.segmentation.to(device)
+            self.task_heads.depth.to(device)
+        self.images, self.labels, *self.truth = (torch.cat(part).to(device) for part in zip(*all_batches(test, 500)))
+        self.subset = range(0, len(train), max(1, len(train) // 8000))           # a folder lists class after class
+        images, self.train_labels, *_ = (torch.cat(p).to(device) for p in zip(*all_batches(train, 500, self.subset)))
+        self.x_test, self.x_train = to_float(self.images, device), to_float(images, device)
+        self.real, self.real_logits = in_batches(self.evaluator, self.x_test)
+        self.tokens = in_batches(self.tokens_of, self.x_test)
+        self.read = in_batches(self.read_images, self.x_test) if self.task_heads else None
+
+    def tokens_of(self, x, target=None):
+        """The teacher's tokens, of the kind that the MLPs learned unless another is asked for."""
+        return align.teacher_tokens(self.teacher, x, self.settings["teacher_size"], target or self.settings["target"])
+
+    def read_images(self, x):
+        """Masks and depth by the teacher itself."""
+        patch, cls = self.tokens_of(x, "norm")
+        side = self.settings["teacher_size"] // self.teacher.patch_size
+        return read_tasks(self.task_heads, self.cfg.image_size, patch.transpose(1, 2).unflatten(2, (side, side)), cls)
+
+    def heads_for(self, config, latents):
+        """MLPs for an autoencoder that has none, fitted to its frozen latents."""
+        torch.manual_seed(self.cfg.seed)
+        heads, tokens = align.AlignmentHeads(**config).to(self.device), in_batches(self.tokens_of, self.x_train)
+        heads.fit_norm(self.teacher.norm)
+        if self.settings["standardize"]:
+            heads.fit_statistics(*tokens)
+        return fit_heads(heads, latents, *tokens, self.cfg.seed, self.settings["align_form"])
+
+    def ideal(self):
+        """The end of the scale: what real images score, and what the teacher reads off the images themselves."""
+        some = torch.randperm(len(self.x_train), generator=generator(self.cfg.seed, 3))[:self.cfg.num_samples]
+        others, _ = in_batches(self.evaluator, self.x_train[some.to(self.device)])
+        accuracy = (self.real_logits.argmax(1) == self.labels).float().mean().item()
+        figures = {"FD of samples, no guidance": frechet(others, self.real),
+                   "class accuracy of samples, no guidance": accuracy}
+        if self.task_heads:
+            figures.update(zip(TASK_FIGURES, score_tasks(self.read, self.truth)))
+        return figures
+
+
+def score_autoencoder(judge, autoencoder, heads, z_train, z_test):
+    """Figures of an autoencoder's reconstructions and latents (N, C, h, w); its reconstructions and their features."""
+    rec = in_batches(lambda z: to_uint8(autoencoder.decode(z).sample), z_test)
+    x, (patch, cls) = to_float(rec, judge.device), in_batches(heads, z_test)
+    feats, _ = in_batches(judge.evaluator, x)
+    patch_target, cls_target = heads.standardize(*judge.tokens)
+    accuracy = linear_probe(z_train.flatten(1), judge.train_labels, z_test.flatten(1), judge.labels, len(judge.classes))
+    return {"PSNR of reconstructions, dB": vae.psnr(x, judge.x_test).mean().item(),
+            "FD of reconstructions": frechet(feats, judge.real),
+            "cosine to the teacher, patches": F.cosine_similarity(patch, patch_target, dim=-1).mean().item(),
             "cosine to the teacher, class token": F.cosine_similarity(cls, cls_target, dim=-1).mean().item(),
-            "linear probe on latents, accuracy": accuracy}
+            "linear probe on latents, accuracy": accuracy}, rec, feats
+
+
+def score_samples(judge, path, rec_feats, label):
+    """Figures of a file of samples, under `label`, and the samples: images (N, 3, H, W) uint8 and labels (N,)."""
+    with np.load(path) as archive:
+        images, labels = (torch.from_numpy(archive[name]) for name in ("arr_0", "arr_1"))
+    images = images.permute(0, 3, 1, 2)
+    feats, logits = in_batches(judge.evaluator, to_float(images, judge.device))
+    accuracy = (logits.argmax(1).cpu() == labels).float().mean().item()
+    return {f"FD of samples, {label}": frechet(feats, judge.real),
+            f"FD of samples to own reconstructions, {label}": frechet(feats, rec_feats),
+            f"class accuracy of samples, {label}": accuracy}, (images, labels)
+
+
+def score_perception(judge, heads, z_test, arm, images):
+    """Figures of masks and depth from latents: of held-out images against the truth, of generated latents against what
+    the teacher reads off the decoded images (N, 3, H, W); and the masks and depth of the held-out images."""
+    def read(z):
+        return read_latents(heads, judge.task_heads, z, judge.cfg.image_size)
+
+    z_new = torch.from_numpy(np.load(arm / "samples-latents.npy")).to(judge.device)
+    own, new = in_batches(read, z_test), in_batches(read, z_new)
+    theirs = in_batches(judge.read_images, to_float(images, judge.device))
+    names = "masks of generated latents, mIoU with the teacher's", "depth of generated latents, off the teacher's"
+    return dict(zip(TASK_FIGURES + names, (*score_tasks(own, judge.truth), *score_tasks(new, theirs)))), own
 
 
 def report(cfg):
@@ -1410,94 +1489,42 @@ def report(cfg):
                      arm / "samples.npz", arm / "samples-guided.npz", out / "evaluator" / "evaluator.safetensors"):
             if not path.is_file():
                 stop(f"{path} not found: python train.py --out {out} makes what the report compares")
-    for name, value in json.loads((out / "evaluator" / "settings.json").read_text()).items():
+    for name, value in read_settings(out / "evaluator").items():
         if name in ("data", "scenes", "image_size") and value != getattr(cfg, name):
             stop(f"{out} holds a run with {name} = {value}, not {getattr(cfg, name)}: give the flags of the run")
-    test, train = open_data(cfg, "test"), open_data(dataclasses.replace(cfg, scenes=min(cfg.scenes, 8000)), "train")
-    settings = read_settings(autoencoder_folder(arms["aligned"]))
-    teacher, evaluator = load_teacher(settings["teacher"]).to(device), Evaluator(len(test.classes)).to(device)
-    evaluator.load_state_dict(load_weights(out / "evaluator" / "evaluator.safetensors"))
-    evaluator.eval()
-    task_heads = None                                                            # where the data has no such truth
-    if (out / "teacher" / "heads.json").is_file():
-        task_heads = load_task_heads([out / "teacher"])
-        task_heads.segmentation.to(device)
-        task_heads.depth.to(device)
-
-    def tokens_of(x, target=settings["target"]):
-        return align.teacher_tokens(teacher, x, settings["teacher_size"], target)
-
-    def read_images(x):
-        """Masks and depth by the teacher itself."""
-        patch, cls = tokens_of(x, "norm")
-        side = settings["teacher_size"] // teacher.patch_size
-        return read_tasks(task_heads, cfg.image_size, patch.transpose(1, 2).unflatten(2, (side, side)), cls)
-
-    test_images, test_labels, *truth = (torch.cat(part).to(device) for part in zip(*all_batches(test, 500)))
-    subset = range(0, len(train), max(1, len(train) // 8000))                    # a folder lists class after class
-    train_images, train_labels, *_ = (torch.cat(part).to(device) for part in zip(*all_batches(train, 500, subset)))
-    x_test, x_train = to_float(test_images, device), to_float(train_images, device)
-    real, real_logits = in_batches(evaluator, x_test)
-    tokens_test = in_batches(tokens_of, x_test)
-    table, pictures, read, pooled = {}, {"original": test_images}, {}, {}
-    if task_heads is not None:
-        read["teacher"] = in_batches(read_images, x_test)
+    aligned = autoencoder_folder(arms["aligned"])
+    judge = Judge(cfg, out, read_settings(aligned), device)
+    table, pictures, read, pooled = {}, {"original": judge.images}, {"teacher": judge.read}, {}
     for name, arm in arms.items():
         folder = autoencoder_folder(arm)
-        autoencoder = load_autoencoder(folder).to(device)
-        z_test = in_batches(lambda x: autoencoder.encode(x).latent_dist.mean, x_test)
-        moments, _ = Latents(dataclasses.replace(cfg, out=str(arm)), folder).__getitems__([(i, False) for i in subset])
-        z_train = moments.chunk(2, dim=1)[0].to(device)
-        if (folder / "heads.safetensors").is_file():
-            heads = load_heads(folder).to(device)
-        else:
-            torch.manual_seed(cfg.seed)
-            heads = align.AlignmentHeads(**load_heads(autoencoder_folder(arms["aligned"])).config).to(device)
-            tokens = in_batches(tokens_of, x_train)
-            heads.fit_statistics(*tokens)
-            heads = fit_heads(heads, z_train, *tokens, cfg.seed)
-        rec = in_batches(lambda z: to_uint8(autoencoder.decode(z).sample), z_test)
-        mse = (to_float(rec, device) - x_test).square().flatten(1).mean(1)
-        rec_feats, _ = in_batches(evaluator, to_float(rec, device))
-        row = {"PSNR of reconstructions, dB": (10 * torch.log10(4 / mse)).mean().item(),
-               "FD of reconstructions": frechet(rec_feats, real)}
-        row.update(score_latents(heads, z_train, z_test, tokens_test, train_labels, test_labels, len(test.classes)))
-        pictures[f"{name} reconstruction"] = rec
+        autoencoder, latents = load_autoencoder(folder).to(device), Latents(dataclasses.replace(cfg, out=arm), folder)
+        z_train = latents.__getitems__([(i, False) for i in judge.subset])[0].chunk(2, dim=1)[0].to(device)
+        z_test = in_batches(lambda x: autoencoder.encode(x).latent_dist.mean, judge.x_test)
+        heads = load_heads(aligned).to(device)
+        if folder != aligned:
+            heads = judge.heads_for(heads.config, z_train)
+        table[name], pictures[f"{name} reconstruction"], rec_feats = score_autoencoder(
+            judge, autoencoder, heads, z_train, z_test)
         for suffix, label in (("", "no guidance"), ("-guided", f"guidance {cfg.cfg_scale:g}")):
-            path = arm / f"samples{suffix}.npz"
-            figures, pictures[name + suffix] = score_samples(path, evaluator, real, rec_feats, label)
-            row.update(figures)
-        if task_heads is not None:
-            z_new = torch.from_numpy(np.load(arm / "samples-latents.npy")).to(device)
-            x_new = to_float(pictures[name][0], device)
-            read[name], new, own = (in_batches(function, x) for function, x in (
-                (lambda z: read_latents(heads, task_heads, z, cfg.image_size), z_test),
-                (lambda z: read_latents(heads, task_heads, z, cfg.image_size), z_new), (read_images, x_new)))
-            names = ("masks from latents, mIoU", "depth from latents, relative error",
-                     "masks of generated latents, mIoU with the teacher's of the images",
-                     "depth of generated latents, difference from the teacher's")
-            row.update(zip(names, (*score_tasks(read[name], truth), *score_tasks(new, own))))
-        pooled[name] = F.adaptive_avg_pool2d(autoencoder.normalize(z_test), 4).flatten(1)[::max(1, len(z_test) // 1000)]
-        table[name] = row
-    # the end of the scale: what real images score, and what the teacher reads off the images themselves
-    some = torch.randperm(len(x_train), generator=generator(cfg.seed, 3))[:cfg.num_samples]
-    others, _ = in_batches(evaluator, x_train[some.to(device)])
-    ideal = {"FD of samples, no guidance": frechet(others, real),
-             "class accuracy of samples, no guidance": (real_logits.argmax(1) == test_labels).float().mean().item()}
-    if task_heads is not None:
-        ideal.update(zip(("masks from latents, mIoU", "depth from latents, relative error"),
-                         score_tasks(read["teacher"], truth)))
-    if len(pooled["plain"]) >= 90:                                               # fewer points have no neighbourhoods
-        shown = {f"{name} latents of held-out images, t-SNE": align.tsne(x.cpu()) for name, x in pooled.items()}
-        colors = test_labels[::max(1, len(test_labels) // 1000)].cpu()
-        save_picture(scatter(shown, colors, test.classes), out / "embedding.png")
+            figures, pictures[name + suffix] = score_samples(judge, arm / f"samples{suffix}.npz", rec_feats, label)
+            table[name].update(figures)
+        if judge.task_heads:
+            figures, read[name] = score_perception(judge, heads, z_test, arm, pictures[name][0])
+            table[name].update(figures)
+        pooled[name] = F.adaptive_avg_pool2d(autoencoder.normalize(z_test), 4).flatten(1).cpu()
+    rows = torch.randperm(len(judge.labels), generator=generator(cfg.seed, 4))[:1000]
+    if len(rows) >= 90:                                                          # fewer points have no neighbourhoods
+        panels = {f"{name} latents of held-out images, t-SNE": align.tsne(x[rows]) for name, x in pooled.items()}
+        save_picture(scatter(panels, judge.labels.cpu()[rows], judge.classes), out / "embedding.png")
+    ideal = judge.ideal()
     write_json({**table, "real images, teacher": ideal}, out / "report.json")
-    draw_report(out, test.classes, test_labels.cpu(), pictures, read, truth)
+    draw_report(out, judge, pictures, read)
     write_report(cfg, out, table, ideal, time.time() - started)
 
 
-def draw_report(out, classes, labels, pictures, read, truth):
+def draw_report(out, judge, pictures, read):
     """The report's pictures: real.png, reconstructions.png, samples.png, samples-guided.png, tasks.png, curves.png."""
+    classes, labels, truth = judge.classes, judge.labels.cpu(), judge.truth
     shown = min(10, len(classes))
     rows = by_class(torch.arange(len(labels)), labels, shown, 8)
     save_picture(sheet({"held-out images": pictures["original"][rows]}), out / "real.png")
@@ -1506,7 +1533,7 @@ def draw_report(out, classes, labels, pictures, read, truth):
     for suffix in ("", "-guided"):
         save_picture(sheet({name + suffix.replace("-", ", "): by_class(*pictures[name + suffix], shown, 10)
                             for name in ("plain", "aligned")}), out / f"samples{suffix}.png")
-    if read:
+    if judge.task_heads:
         rows = rows[:, :3]
         columns, read = {"held-out image": pictures["original"][rows]}, {"exact": truth, **read}
         for name, (mask, _) in read.items():

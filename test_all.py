@@ -6,6 +6,7 @@ import functools
 import hashlib
 import http.server
 import importlib.metadata
+import io
 import json
 import math
 import os
@@ -15,9 +16,11 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.request
 import zipfile
 import zlib
 from pathlib import Path
+from unittest import mock
 
 import diffusers
 import numpy as np
@@ -1527,11 +1530,17 @@ def test_the_chain_runs_on_images_from_disk(tmp_path):
 NO_NETWORK = "http://127.0.0.1:9"                                               # a proxy that nobody is
 
 
-def refused(*words, **env):
-    done = command(*words, check=False, **env)
-    lines = [line for line in done.stderr.splitlines() if line.strip()]
-    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr[-2000:]
-    return lines[-1]
+def refused(program, *words, **env):
+    """The line with which a program refuses what it was given, with exit status 2. It runs in this process, where
+    anything else that it raises fails the test."""
+    main, errors = {"train.py": train.main, "sample.py": sample.main, "align.py": align.main}[program], io.StringIO()
+    urllib.request.install_opener(None)                                          # so that proxies are read anew
+    with (mock.patch.dict(os.environ, env), mock.patch.object(sys, "argv", [program, *map(str, words)]),
+          contextlib.redirect_stderr(errors), pytest.raises(SystemExit) as ended):
+        main()
+    urllib.request.install_opener(None)
+    assert ended.value.code == 2, errors.getvalue()[-2000:]
+    return [line for line in errors.getvalue().splitlines() if line.strip()][-1]
 
 
 def broken_data(tmp_path, kind):
@@ -1573,8 +1582,12 @@ def test_bad_data_is_refused(tmp_path, kind, says):
 
 
 def test_an_image_that_a_worker_cannot_read_is_one_line_too(tmp_path):
+    """The real command: its exit status, and no traceback."""
     data = broken_data(tmp_path, "broken image")
-    line = refused("train.py", "--stage", "vae", "--data", data, "--out", tmp_path / "run", "--workers", 1, *SMALL)
+    done = command("train.py", "--stage", "vae", "--data", data, "--out", tmp_path / "run", "--workers", 1, *SMALL,
+                   check=False)
+    line = [line for line in done.stderr.splitlines() if line.strip()][-1]
+    assert done.returncode == 2 and "Traceback" not in done.stderr
     assert "cannot be read" in line and "a_red" in line
 
 

@@ -523,7 +523,9 @@ def test_checkpointing_and_bfloat16_leave_the_loss_as_it_is():
             total, parts = vae.autoencoder_loss(
                 x, rec, posterior, kl_weight=1e-4, perceptual_weight=1.0, lpips=lpips, disc_weight=0.5,
                 discriminator=discriminator, last_layer=model.decoder.conv_out.weight)
-        total.backward()
+            # as the adaptive weight of the alignment: a gradient through the whole decoder, then the real one
+            weight = vae.adaptive_weight(total, posterior.mean.square().mean(), model.encoder.conv_out.weight)
+        (weight * total).backward()
         results[kind] = total.item(), {name: p.grad.clone() for name, p in model.named_parameters()}
         assert posterior.mean.dtype == torch.float32
     assert results["checkpointing"][0] == pytest.approx(results["plain"][0], rel=1e-6)
@@ -1441,6 +1443,9 @@ def test_a_published_teacher_and_heads_of_ones_own(whole, tmp_path, vits):
                                  "--heads", whole / "teacher", REALS_CACHE=str(cache))
     assert "give --teacher" in refused("align.py", "features", data / "images" / "00.png", "--vae", tmp_path / "align",
                                        "--teacher", whole / "teacher", REALS_CACHE=str(cache))
+    Image.new("RGB", (40, 40)).save(data / "masks" / "03.png")
+    assert "has colours" in refused("train.py", "--stage", "heads", "--data", data, "--out", tmp_path / "x", *words,
+                                    REALS_CACHE=str(cache))
     Image.fromarray(np.full((40, 40), 77, np.uint8)).save(data / "masks" / "03.png")
     assert "has class 77" in refused("train.py", "--stage", "heads", "--data", data, "--out", tmp_path / "x", *words,
                                      REALS_CACHE=str(cache))

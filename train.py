@@ -932,8 +932,11 @@ class DenseFolder:
             image = image.resize((round(image.width * scale), round(image.height * scale)), Image.NEAREST)
         except OSError as error:
             raise DataError(f"{path} cannot be read ({error}): mend it or remove its image") from None
+        plane = np.asarray(image)
+        if plane.ndim != 2:
+            raise DataError(f"{path} has colours: want one number a pixel")
         top, left = (image.height - self.size) // 2, (image.width - self.size) // 2
-        return np.asarray(image)[top:top + self.size, left:left + self.size].astype(np.int64)
+        return plane[top:top + self.size, left:left + self.size].astype(np.int64)
 
     def __getitems__(self, keys):
         """keys: list of (index, flip) -> images (N, 3, H, W) uint8, file numbers (N,), masks (N, H, W), depth (N, H, W)
@@ -1045,13 +1048,13 @@ def encode_all(data, path, batch_size, description, encode):
 
 def new_autoencoder(cfg):
     """The autoencoder to train: from --init, else of the flags; and cfg with its sizes."""
+    torch.manual_seed(cfg.seed)
     if cfg.init:
         autoencoder = load_autoencoder(Path(cfg.init)).train()
         autoencoder.config.update(sample_size=cfg.image_size, latents_mean=None, latents_std=None)
         names = dict(channels="block_out_channels", layers_per_block="layers_per_block", norm_groups="norm_num_groups",
                      latent_channels="latent_channels")
         return autoencoder, dataclasses.replace(cfg, **{k: autoencoder.config[name] for k, name in names.items()})
-    torch.manual_seed(cfg.seed)
     try:
         autoencoder = vae.AutoencoderKL(block_out_channels=cfg.channels, layers_per_block=cfg.layers_per_block,
                                         norm_num_groups=cfg.norm_groups, latent_channels=cfg.latent_channels,

@@ -535,7 +535,7 @@ def fetch(address, sha256=None):
     A download that broke off goes on where it stopped. The file gets its name when its size, and its sha256 where that
     is known, are right. Raises OSError of one line that says what to do where it cannot be had.
     """
-    folder = Path(os.environ.get("REALS_CACHE", Path.home() / ".cache" / "reals"))
+    folder = Path(os.environ.get("REALS_CACHE", "~/.cache/reals")).expanduser()
     path = folder / address.split("/")[-1]
     part = path.with_name(path.name + ".part")
     if path.is_file():

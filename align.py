@@ -57,7 +57,8 @@ def fetch(address, sha256=None):
         request = urllib.request.Request(address, headers={"Range": f"bytes={have}-"} if have else {})
         with urllib.request.urlopen(request, timeout=60) as answer:
             have = have if answer.status == 206 else 0                           # 200: the server sends all of it
-            total = have + int(answer.headers.get("Content-Length", 0))
+            length = int(answer.headers.get("Content-Length", 0))                # 0: the server does not say
+            total = have + length if length else 0
             bar = tqdm(total=total or None, initial=have, desc=path.name, unit="B", unit_scale=True)
             with open(part, "ab" if have else "wb") as file, bar:
                 while chunk := answer.read(1 << 20):
@@ -89,8 +90,9 @@ def load_torch(path):
     except pickle.UnpicklingError:
         raise ValueError(f"{path} is damaged, or holds more than tensors, which is not read here: "
                          "fetch it anew, or save its state dict alone") from None
-    except (RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise ValueError(f"{path} cannot be read ({str(error).splitlines()[0]}): fetch the file anew") from None
+    except Exception as error:                                                   # damaged bytes raise almost anything
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{path} cannot be read ({reason}): fetch the file anew") from None
     weights = weights.get("state_dict", weights) if isinstance(weights, dict) else {"": weights}
     for name, value in weights.items():
         if not torch.is_tensor(value):
@@ -586,7 +588,7 @@ VIRIDIS = ((0.27, 0.00, 0.33), (0.23, 0.32, 0.55), (0.13, 0.57, 0.55), (0.37, 0.
 def colorize(x, low, high):
     """Numbers (N, H, W) -> (N, 3, H, W) in [0, 1]: low is violet, high yellow (five colours of the viridis scale)."""
     anchors = x.new_tensor(VIRIDIS)
-    position = ((x - low) / (high - low)).clamp(0, 1) * (len(anchors) - 1)
+    position = ((x - low) / max(float(high - low), 1e-12)).clamp(0, 1) * (len(anchors) - 1)
     below = position.floor().long().clamp(max=len(anchors) - 2)
     share = (position - below).unsqueeze(-1)
     return (anchors[below] * (1 - share) + anchors[below + 1] * share).permute(0, 3, 1, 2)
@@ -724,8 +726,9 @@ def main(argv=None):
     import sample
     import train
     try:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
         {"features": draw_features, "embedding": draw_embedding}[args.picture](args)
-    except (train.DataError, ValueError) as error:
+    except (train.DataError, ValueError, OSError) as error:
         sample.stop(error)
     print(f"{args.out} is ready")
 

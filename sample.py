@@ -31,7 +31,7 @@ from tqdm import tqdm
 import align
 import dit
 import sit
-from vae import LPIPS, AutoencoderKL, atomic_file, load_weights, psnr, ssim
+from vae import LPIPS, AutoencoderKL, atomic_file, load_strict, load_weights, psnr, ssim
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Processes and mistakes
@@ -225,7 +225,10 @@ def load_heads(folder):
     if not (folder / "heads.safetensors").is_file():
         stop(f"{folder}/heads.safetensors not found: masks, depth and features need a run of train.py --stage align")
     heads = align.AlignmentHeads(**json.loads((folder / "heads.json").read_text()))
-    heads.load_state_dict(load_weights(folder / "heads.safetensors"))
+    try:
+        load_strict(heads, load_weights(folder / "heads.safetensors"), folder / "heads.safetensors")
+    except ValueError as error:
+        stop(error)
     return heads.eval()
 
 
@@ -240,9 +243,13 @@ def load_task_heads(sources):
             config = json.loads((folder / "heads.json").read_text())
             for name, network in (("segmentation", align.SegmentationHead), ("depth", align.DepthHead)):
                 if config[name]:
-                    head = network(**config[name])
-                    head.load_state_dict(load_weights(folder / f"{name}_head.safetensors"))
+                    head, file = network(**config[name]), folder / f"{name}_head.safetensors"
+                    try:
+                        load_strict(head, load_weights(file), file)
+                    except (OSError, ValueError) as error:
+                        stop(error)
                     setattr(found, name, head.eval())
+                    found.depth_normed = found.depth_normed or name == "depth"
             found.classes = config["classes"] or found.classes
             continue
         if str(source).startswith("dinov2_"):
@@ -250,6 +257,8 @@ def load_task_heads(sources):
                 head = first_on_node(lambda: align.load_head(str(source)))
             except (OSError, ValueError) as error:
                 stop(error)
+            if isinstance(head, align.ClassificationHead):
+                stop(f"--heads {source} tells classes: want heads for masks or depth")
             if isinstance(head, align.DepthHead):
                 found.depth, found.depth_normed = head, False
             else:
@@ -407,7 +416,7 @@ def pack(hidden, path):
 
 
 @torch.no_grad()
-def reconstruct_all(vae, batches, arrays, start, metrics, device):
+def reconstruct_all(vae, batches, arrays, start, metrics, device, bar):
     """Write this process' images and their reconstructions into two arrays (N, H, W, 3), from row `start` on; return
     the sum of every metric (float64). Latents are the means; the metrics see what is written, rounded to uint8."""
     sums = torch.zeros(len(metrics), dtype=torch.float64, device=device)
@@ -419,6 +428,7 @@ def reconstruct_all(vae, batches, arrays, start, metrics, device):
         for array, batch in zip(arrays, (images, rec)):
             array[start:start + len(x)] = batch.permute(0, 2, 3, 1).cpu().numpy()
         start += len(x)
+        bar.update(len(x))
     for array in arrays:
         array.flush()
     return sums
@@ -442,8 +452,8 @@ def reconstruct(cfg, device):
         mine = np.array_split(np.arange(count), world_size)[rank]
         keys = [[(int(i), False) for i in mine[k:k + cfg.batch_size]] for k in range(0, len(mine), cfg.batch_size)]
         with progress(len(mine), f"reconstruct {cfg.reconstruct}", "image") as bar:
-            batches = (bar.update(len(images)) or images for images, *_ in train.load_batches(data, keys, cfg.workers))
-            sums = reconstruct_all(vae, batches, arrays, int(mine[0]), metrics, device)
+            batches = (images for images, *_ in train.load_batches(data, keys, cfg.workers))
+            sums = reconstruct_all(vae, batches, arrays, int(mine[0]), metrics, device, bar)
     except train.DataError as error:
         stop(error)
     if world_size > 1:

@@ -307,7 +307,8 @@ def test_other_files_of_weights_are_refused_in_one_line(tmp_path):
     torch.save({"a": "text"}, tmp_path / "text.bin")
     (tmp_path / "cut.bin").write_bytes((tmp_path / "pickle.safetensors").read_bytes()[:-200])
     (tmp_path / "noise.ckpt").write_bytes(b"noise" * 100)
-    for name in ("pickle.safetensors", "code.bin", "text.bin", "cut.bin", "noise.ckpt"):
+    (tmp_path / "empty.pth").write_bytes(b"")
+    for name in ("pickle.safetensors", "code.bin", "text.bin", "cut.bin", "noise.ckpt", "empty.pth"):
         with pytest.raises(ValueError, match=name) as error:
             vae.load_weights(tmp_path / name)
         assert "\n" not in str(error.value)
@@ -328,7 +329,9 @@ def autoencoder_folder(tmp_path, **config):
     (dict(down_block_types=["AttnDownEncoderBlock2D"] * 2), "down_block_types"),
     (dict(layers_per_block=2), r"missing \(encoder.down_blocks.0.resnets.1.norm1.weight, .*\.\.\.\)"),
     (dict(block_out_channels=[8, 8]), "of another shape"), (dict(block_out_channels=[8]), "unexpected"),
-    (dict(norm_num_groups=3), "norm_num_groups"), (dict(latents_mean=[0.0]), "latents_mean")])
+    (dict(norm_num_groups=3), "norm_num_groups"), (dict(norm_num_groups=0), "norm_num_groups"),
+    (dict(latents_mean=[0.0], latents_std=[1.0]), "latents_mean"), (dict(latents_mean=[0.0] * 4), "one is missing"),
+    (dict(block_out_channels=None), "block_out_channels")])
 def test_a_folder_that_does_not_fit_is_one_clear_line(tmp_path, config, says):
     with pytest.raises(ValueError, match=says) as error:
         vae.AutoencoderKL.from_pretrained(autoencoder_folder(tmp_path, **config))
@@ -927,6 +930,7 @@ def test_pictures_have_colours_in_range():
     assert len({tuple(c.tolist()) for c in mask[0].flatten(1).T}) == 12, "two classes share a colour"
     depth = align.colorize_depth(torch.tensor([[[1.0, 2.0, 3.0]]]))
     assert depth.shape == (1, 3, 1, 3) and depth[0, :, 0, 0].sum() > depth[0, :, 0, 2].sum()
+    assert align.colorize_depth(torch.ones(1, 2, 2)).isfinite().all()
 
 
 def test_similarity_map():
@@ -1523,7 +1527,8 @@ def test_the_chain_runs_on_images_from_disk(tmp_path):
             folder.mkdir(parents=True, exist_ok=True)
             Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / f"{i}.png")
     archive = zipped(root, tmp_path / "solids.zip")
-    command("train.py", "--data", archive, "--out", tmp_path / "run", "--steps", 3, "--num-samples", 20, *SMALL)
+    command("train.py", "--data", archive, "--out", tmp_path / "run", "--steps", 3, "--num-samples", 20, *SMALL,
+            "--gradient-checkpointing", "--no-standardize")
     figures = json.loads((tmp_path / "run" / "report.json").read_text())
     assert "masks from latents, mIoU" not in figures["plain"] and figures["aligned"]["FD of samples, no guidance"] >= 0
     assert np.load(tmp_path / "run" / "plain" / "latents" / "moments.npy").shape[:2] == (2, 80)     # both flips

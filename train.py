@@ -759,11 +759,11 @@ def dense_loss(logits, depth, masks, metres):
 
 
 def save_task_heads(heads, config, classes, folder):
-    """heads.json and the weights of the heads that are there."""
-    write_json({**config, "classes": list(classes)}, folder / "heads.json")
+    """The weights of the heads that are there, then heads.json."""
     for name in ("segmentation", "depth"):
         if config[name]:
             save_safetensors(getattr(heads, name).state_dict(), folder / f"{name}_head.safetensors")
+    write_json({**config, "classes": list(classes)}, folder / "heads.json")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -880,7 +880,10 @@ def load_teacher(name):
         stop(f"{folder}/dinov2.safetensors not found: run train.py --stage teacher --out {folder.parent} first, "
              "or give --teacher a folder or a published name")
     teacher = align.DINOv2(**json.loads((folder / "config.json").read_text()))
-    teacher.load_state_dict(load_weights(folder / "dinov2.safetensors"))
+    try:
+        vae.load_strict(teacher, load_weights(folder / "dinov2.safetensors"), folder / "dinov2.safetensors")
+    except ValueError as error:
+        stop(error)
     return teacher.eval().requires_grad_(False)
 
 
@@ -1210,7 +1213,7 @@ def measure_latents(autoencoder, data, device, count):
     """Statistics of the latents of at most `count` training images, spread evenly over the data, into the config."""
     rank, _, world_size = process()
     rows = np.unique(np.linspace(0, len(data) - 1, min(count, len(data))).astype(int))
-    batches = (to_float(images, device) for images, *_ in all_batches(data, 64, np.array_split(rows, world_size)[rank]))
+    batches = (to_float(images, device) for images, *_ in all_batches(data, 8, np.array_split(rows, world_size)[rank]))
     autoencoder.config["latents_mean"], autoencoder.config["latents_std"] = vae.latent_statistics(autoencoder, batches)
 
 
@@ -1401,8 +1404,8 @@ class Judge:
         self.evaluator = Evaluator(len(test.classes)).to(device).eval()
         self.evaluator.load_state_dict(load_weights(out / "evaluator" / "evaluator.safetensors"))
         self.task_heads = None                                                   # where the data has no such truth
-        if (out / "teacher" / "heads.json").is_file():
-            self.task_heads = load_task_heads([out / "teacher"])
+        if (Path(settings["teacher"]) / "heads.json").is_file():
+            self.task_heads = load_task_heads([settings["teacher"]])
             self.task_heads.segmentation.to(device)
             self.task_heads.depth.to(device)
         self.images, self.labels, *self.truth = (torch.cat(part).to(device) for part in zip(*all_batches(test, 500)))
@@ -1489,7 +1492,8 @@ def report(cfg):
     arms = {"plain": out / "plain", "aligned": out / "aligned"}
     for arm in arms.values():
         for path in (autoencoder_folder(arm) / "config.json", arm / "latents" / "meta.json", arm / "sit" / "log.jsonl",
-                     arm / "samples.npz", arm / "samples-guided.npz", out / "evaluator" / "evaluator.safetensors"):
+                     arm / "samples.npz", arm / "samples-latents.npy", arm / "samples-guided.npz",
+                     out / "evaluator" / "evaluator.safetensors"):
             if not path.is_file():
                 stop(f"{path} not found: python train.py --out {out} makes what the report compares")
     for name, value in read_settings(out / "evaluator").items():
@@ -1613,8 +1617,13 @@ def chain(cfg):
         resolve(cfg, name)                                                       # say now what is wrong with the flags
     out.mkdir(parents=True, exist_ok=True)
     write_json(given, path)
-    flags = [word for name, value in given.items()
-             for word in (f"--{name.replace('_', '-')}", *map(str, np.atleast_1d(value)))]
+    flags = []
+    for name, value in given.items():
+        name = name.replace("_", "-")
+        if isinstance(value, bool):
+            flags.append(f"--{name}" if value else f"--no-{name}")
+        else:
+            flags += [f"--{name}", *map(str, np.atleast_1d(value))]
     plain, aligned = str(out / "plain"), str(out / "aligned")
 
     def stage(name, run):
@@ -1654,7 +1663,8 @@ def run_jobs(jobs, out):
     done, running = set(), {}
     for name in jobs:                                                            # samples are as good as their weights
         file, weights = out / f"{name}.npz", out / name.split("/")[0] / "sit" / "ema.safetensors"
-        if file.is_file() and weights.is_file() and weights.stat().st_mtime <= file.stat().st_mtime:
+        latents = name.endswith("guided") or (out / f"{name}-latents.npy").is_file()
+        if file.is_file() and latents and weights.is_file() and weights.stat().st_mtime <= file.stat().st_mtime:
             done.add(name)
         elif file.is_file():
             file.unlink()

@@ -236,7 +236,7 @@ class AutoencoderKL(nn.Module):
                  latents_mean=None, latents_std=None):
         super().__init__()
         for channels in block_out_channels:
-            if channels % norm_num_groups:
+            if norm_num_groups < 1 or channels % norm_num_groups:
                 raise ValueError(f"{channels} channels of a level are no multiple of norm_num_groups {norm_num_groups}")
         for name, numbers in (("latents_mean", latents_mean), ("latents_std", latents_std)):
             if numbers is not None and len(numbers) != latent_channels:
@@ -347,12 +347,13 @@ class AutoencoderKL(nn.Module):
 def latent_statistics(autoencoder, batches):
     """Mean and standard deviation of every channel (lists of C numbers) of the latents of batches of images (N, 3, H,
     W), over all processes: each gives its own batches."""
-    sums = 0
+    device = autoencoder.quant_conv.weight.device
+    sums = torch.zeros(3, autoencoder.config["latent_channels"], dtype=torch.float64, device=device)
     for x in batches:
         posterior = autoencoder.encode(x).latent_dist
         # E[z^2] = E[mean^2 + var]: the statistics of samples, without drawing any
         moments = torch.ones_like(posterior.mean), posterior.mean, posterior.mean.square() + posterior.var
-        sums = sums + torch.stack(moments).double().sum(dim=(1, 3, 4))           # (3, C)
+        sums += torch.stack(moments).double().sum(dim=(1, 3, 4))                 # (3, C)
     if dist.is_initialized():
         dist.all_reduce(sums)
     mean = sums[1] / sums[0]
@@ -546,7 +547,8 @@ def fetch(address, sha256=None):
         request = urllib.request.Request(address, headers={"Range": f"bytes={have}-"} if have else {})
         with urllib.request.urlopen(request, timeout=60) as answer:
             have = have if answer.status == 206 else 0                           # 200: the server sends all of it
-            total = have + int(answer.headers.get("Content-Length", 0))
+            length = int(answer.headers.get("Content-Length", 0))                # 0: the server does not say
+            total = have + length if length else 0
             bar = tqdm(total=total or None, initial=have, desc=path.name, unit="B", unit_scale=True)
             with open(part, "ab" if have else "wb") as file, bar:
                 while chunk := answer.read(1 << 20):
@@ -578,8 +580,9 @@ def load_torch(path):
     except pickle.UnpicklingError:
         raise ValueError(f"{path} is damaged, or holds more than tensors, which is not read here: "
                          "fetch it anew, or save its state dict alone") from None
-    except (RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise ValueError(f"{path} cannot be read ({str(error).splitlines()[0]}): fetch the file anew") from None
+    except Exception as error:                                                   # damaged bytes raise almost anything
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{path} cannot be read ({reason}): fetch the file anew") from None
     weights = weights.get("state_dict", weights) if isinstance(weights, dict) else {"": weights}
     for name, value in weights.items():
         if not torch.is_tensor(value):
@@ -693,12 +696,16 @@ def read_config(path):
         config = json.loads(path.read_text())
     except ValueError as error:
         raise ValueError(f"{path} is no JSON ({error}): fetch the file anew") from None
+    if not isinstance(config, dict) or not config.get("block_out_channels"):
+        raise ValueError(f"{path} has no block_out_channels: want the config.json of an AutoencoderKL")
+    if (config.get("latents_mean") is None) != (config.get("latents_std") is None):
+        raise ValueError(f"{path}: of latents_mean and latents_std one is missing: give both or neither")
     fixed = {"act_fn": "silu", "mid_block_add_attention": True, "use_quant_conv": True, "use_post_quant_conv": True}
     for name, value in fixed.items():
         if config.get(name, value) != value:
             raise ValueError(f"{path}: {name} is {config[name]!r}, and only {value!r} is built here")
     for name, value in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
-        if set(config.get(name, [value])) != {value}:
+        if set(config.get(name) or [value]) != {value}:
             raise ValueError(f"{path}: {name} is {config[name]}, and only {value} is built here")
     return config
 

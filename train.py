@@ -83,7 +83,7 @@ class Config:
     layers_per_block: int = flag(1, "autoencoder: resnets a level")
     norm_groups: int = flag(8, "autoencoder: groups of its norms")
     latent_channels: int = flag(8, "autoencoder: channels of its latents")
-    gradient_checkpointing: bool = flag(False, "autoencoder: less memory, a third more time")
+    gradient_checkpointing: bool = flag(False, "autoencoder: less memory, one more forward pass")
     pixel_loss: str = flag("mse", "autoencoder: squared or absolute difference", ("mse", "l1"))
     kl_weight: float = flag(1e-6, "weight of the KL term, which is summed over a latent")
     perceptual_weight: float = flag(0.0, "weight of LPIPS")

@@ -263,7 +263,7 @@ class AutoencoderKL(nn.Module):
         return super().train(mode)
 
     def enable_gradient_checkpointing(self):
-        """Keep only the inputs of every block for the backward pass: far less memory, a third more time."""
+        """Keep only the inputs of every block for the backward pass: less memory, one more forward pass."""
         for module in self.modules():
             if isinstance(module, (Level, MidBlock)):
                 module.checkpointed = True

@@ -129,8 +129,18 @@ class PatchEmbed(nn.Module):
 
 
 # === shared by align.py, sit.py and dit.py: begin ===
+def attention(q, k, v):
+    """softmax(q k^T / sqrt(d)) v of q, k, v (N, heads, T, d): F.scaled_dot_product_attention in readable lines."""
+    weights = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])                   # (N, heads, T, T)
+    weights = weights.softmax(dim=-1)                                            # a token's shares sum to 1
+    return weights @ v                                                           # (N, heads, T, d)
+
+
 class Attention(nn.Module):
-    """Multi-head self-attention over T tokens."""
+    """Multi-head self-attention over T tokens. `fused` = False takes the lines above instead of torch's kernel, which
+    gives the same without holding the T x T weights in memory."""
+
+    fused = True
 
     def __init__(self, dim, num_heads):
         super().__init__()
@@ -143,7 +153,7 @@ class Attention(nn.Module):
     def forward(self, x):
         N, T, D = x.shape
         q, k, v = self.qkv(x).view(N, T, 3, self.num_heads, D // self.num_heads).permute(2, 0, 3, 1, 4)
-        x = F.scaled_dot_product_attention(q, k, v)                              # (N, heads, T, D / heads)
+        x = F.scaled_dot_product_attention(q, k, v) if self.fused else attention(q, k, v)    # (N, heads, T, D / heads)
         return self.proj(x.transpose(1, 2).reshape(N, T, D))
 # === shared by align.py, sit.py and dit.py: end ===
 

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 # === shared by sit.py and dit.py: begin ===
 # ---------------------------------------------------------------------------------------------------------------------
@@ -95,8 +96,18 @@ def modulate(x, shift, scale):
 
 
 # === shared by align.py, sit.py and dit.py: begin ===
+def attention(q, k, v):
+    """softmax(q k^T / sqrt(d)) v of q, k, v (N, heads, T, d): F.scaled_dot_product_attention in readable lines."""
+    weights = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])                   # (N, heads, T, T)
+    weights = weights.softmax(dim=-1)                                            # a token's shares sum to 1
+    return weights @ v                                                           # (N, heads, T, d)
+
+
 class Attention(nn.Module):
-    """Multi-head self-attention over T tokens."""
+    """Multi-head self-attention over T tokens. `fused` = False takes the lines above instead of torch's kernel, which
+    gives the same without holding the T x T weights in memory."""
+
+    fused = True
 
     def __init__(self, dim, num_heads):
         super().__init__()
@@ -109,7 +120,7 @@ class Attention(nn.Module):
     def forward(self, x):
         N, T, D = x.shape
         q, k, v = self.qkv(x).view(N, T, 3, self.num_heads, D // self.num_heads).permute(2, 0, 3, 1, 4)
-        x = F.scaled_dot_product_attention(q, k, v)                              # (N, heads, T, D / heads)
+        x = F.scaled_dot_product_attention(q, k, v) if self.fused else attention(q, k, v)    # (N, heads, T, D / heads)
         return self.proj(x.transpose(1, 2).reshape(N, T, D))
 # === shared by align.py, sit.py and dit.py: end ===
 
@@ -162,6 +173,41 @@ class FinalLayer(nn.Module):
 # ---------------------------------------------------------------------------------------------------------------------
 # What the two model classes have in common
 
+def known(what, value, choices):
+    """Raises ValueError where value is none of the choices."""
+    if value not in choices:
+        raise ValueError(f"{what} {value!r} is not known: choose {', '.join(map(str, choices))}")
+
+
+def check_inputs(model, x, t, y, last):
+    """Raises ValueError for latents of another shape, times outside [0, last] and labels that the model does not know.
+
+    Values are read on the CPU only: a GPU would have to wait. There nn.Embedding's own assertion stops a wrong label.
+    """
+    want = (model.in_channels, model.input_size, model.input_size)
+    if x.ndim != 4 or x.shape[1:] != want:
+        raise ValueError(f"latents {tuple(x.shape)}: this model takes (N, {', '.join(map(str, want))})")
+    if t.shape != x.shape[:1] or y.shape != x.shape[:1]:
+        raise ValueError(f"t {tuple(t.shape)}, y {tuple(y.shape)}: want a time and a label for each latent")
+    if x.device.type == "cpu" and len(x) and not torch.compiler.is_compiling():
+        rows = model.y_embedder.embedding_table.num_embeddings
+        if not (t.min() >= 0 and t.max() <= last):
+            raise ValueError(f"times {t.min():g} to {t.max():g}: want 0 to {last}")
+        if y.min() < 0 or y.max() >= rows:
+            raise ValueError(f"labels {y.min()} to {y.max()}: want 0 to {rows - 1} (the number of classes is no label, "
+                             "in a model with class_dropout_prob > 0)")
+
+
+def transform(blocks, x, c, checkpointed):
+    """Tokens x (N, T, D) through all blocks; checkpointed: the inside of a block is computed again for its gradient."""
+    for block in blocks:
+        if checkpointed and torch.is_grad_enabled():
+            x = checkpoint(block, x, c, use_reentrant=False, preserve_rng_state=False)
+        else:
+            x = block(x, c)
+    return x
+
+
 def unpatchify(x, patch_size, out_channels):
     """(N, T, p * p * C) -> (N, C, H, W); the channel is the fastest index of a token."""
     N, T, _ = x.shape
@@ -211,16 +257,27 @@ def guided(model, x, t, y, noise_level, cfg_scale, cfg_interval, cfg_channels):
     """Classifier-free guidance, uncond + cfg_scale (cond - uncond), on the first cfg_channels channels (None: all).
 
     Outside cfg_interval = (low, high) of the noise level (1 is noise, 0 is data, both ends included) and at scale 1 the
-    conditional output is the result and only it is computed. The official samplers guide three channels; so does
-    cfg_channels=3. Channels beyond the guided ones (DiT's variance too) stay conditional.
+    conditional output is the result and only it is computed. Channels beyond the guided ones stay conditional. The
+    official SiT and DiT guide three channels of four, as cfg_channels=3 does; REPA's samplers guide all.
     """
     low, high = cfg_interval
-    if cfg_scale == 1.0 or not low <= noise_level <= high:
+    if cfg_scale == 1.0 or not low - 1e-6 <= noise_level <= high + 1e-6:         # 1e-6: rounding of times
         return model(x, t, y)
     y_null = torch.full_like(y, model.num_classes)
     cond, uncond = model(torch.cat([x, x]), torch.cat([t, t]), torch.cat([y, y_null])).chunk(2)
     k = x.shape[1] if cfg_channels is None else cfg_channels
     return torch.cat([uncond[:, :k] + cfg_scale * (cond[:, :k] - uncond[:, :k]), cond[:, k:]], dim=1)
+
+
+def check_sampling(model, x, y, cfg_scale, cfg_interval, cfg_channels):
+    """Raises ValueError for labels y that the model does not know and for guidance that it cannot give."""
+    if y.shape != x.shape[:1] or y.min() < 0 or y.max() > model.num_classes:
+        raise ValueError(f"labels {y.tolist()}: want one a latent, 0 to {model.num_classes} (which is no label)")
+    low, high = cfg_interval
+    if not 0 <= low <= high <= 1:
+        raise ValueError(f"cfg_interval {low:g} {high:g}: want noise levels 0 <= low <= high <= 1")
+    if cfg_channels is not None and not 1 <= cfg_channels <= x.shape[1]:
+        raise ValueError(f"cfg_channels {cfg_channels}: the latents have 1 to {x.shape[1]}")
 # === shared by sit.py and dit.py: end ===
 
 
@@ -237,7 +294,8 @@ class DiT(nn.Module):
     def __init__(self, input_size=32, patch_size=2, in_channels=4, hidden_size=1152, depth=28, num_heads=16,
                  mlp_ratio=4.0, class_dropout_prob=0.1, num_classes=1000, learn_sigma=True):
         super().__init__()
-        self.in_channels, self.patch_size, self.num_classes = in_channels, patch_size, num_classes
+        self.input_size, self.in_channels, self.num_classes = input_size, in_channels, num_classes
+        self.patch_size, self.checkpointed = patch_size, False
         self.out_channels = 2 * in_channels if learn_sigma else in_channels
         self.x_embedder = PatchEmbed(input_size, patch_size, in_channels, hidden_size)
         self.t_embedder = TimestepEmbedder(hidden_size)
@@ -247,12 +305,16 @@ class DiT(nn.Module):
         self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels)
         initialize_weights(self)
 
+    def enable_gradient_checkpointing(self):
+        """Keep only the inputs of every block for the backward pass: less memory, one more forward pass."""
+        self.checkpointed = True
+
     def forward(self, x, t, y, drop=None):
         """x (N, C, H, W), t (N,) original steps, y (N,) labels -> (N, C or 2C, H, W). `drop` as in LabelEmbedder."""
+        check_inputs(self, x, t, y, 999)
         c = self.t_embedder(t) + self.y_embedder(y, drop)                        # (N, D)
         x = self.x_embedder(x) + self.pos_embed                                  # (N, T, D)
-        for block in self.blocks:
-            x = block(x, c)                                                      # (N, T, D)
+        x = transform(self.blocks, x, c, self.checkpointed)
         x = self.final_layer(x, c)                                               # (N, T, p * p * out_channels)
         return unpatchify(x, self.patch_size, self.out_channels)
 
@@ -265,54 +327,136 @@ def create(name, **kwargs):
 # ---------------------------------------------------------------------------------------------------------------------
 # Gaussian diffusion
 
-class GaussianDiffusion:
-    """Tables of the forward process with T = 1000 and betas from 1e-4 to 0.02, seen at the `steps` that are given.
+def betas_of(schedule):
+    """Variances (1000,) of the noise that each step adds: "linear" from 1e-4 to 0.02, or "squaredcos_cap_v2" of Nichol
+    and Dhariwal (arXiv 2102.09672). Raises ValueError for another schedule."""
+    known("schedule", schedule, ("linear", "squaredcos_cap_v2"))
+    if schedule == "linear":
+        return np.linspace(1e-4, 0.02, 1000, dtype=np.float64)
+    alpha_bar = np.cos((np.arange(1001) / 1000 + 0.008) / 1.008 * np.pi / 2) ** 2
+    return np.minimum(1 - alpha_bar[1:] / alpha_bar[:-1], 0.999)
 
-    A subset of the steps (Nichol and Dhariwal, section 4) has betas of its own, so that alphas_cumprod at its steps are
-    those of the whole chain; `timestep_map` gives the original step, which is what the model is told.
+
+def space_timesteps(num_timesteps, respacing):
+    """The steps of a shorter chain, sorted: 250 or "250" of them evenly from 0 to the last; "ddim50" every 20th from 0;
+    or a list of counts ("10,15,20"), one for each equal section of the chain. 1 gives [0], as in the official code.
+
+    Raises ValueError for more steps than there are, and for "ddimN" where no whole stride gives N steps.
+    """
+    if isinstance(respacing, str) and respacing.startswith("ddim"):
+        count = int(respacing[4:])
+        for stride in range(1, num_timesteps):
+            if len(range(0, num_timesteps, stride)) == count:
+                return list(range(0, num_timesteps, stride))
+        raise ValueError(f"{respacing}: no whole stride makes {count} of {num_timesteps} steps")
+    if isinstance(respacing, str):
+        respacing = [int(count) for count in respacing.split(",")]
+    counts, start, steps = [respacing] if isinstance(respacing, int) else respacing, 0, []
+    for i, count in enumerate(counts):
+        size = num_timesteps // len(counts) + (i < num_timesteps % len(counts))
+        if not 1 <= count <= size:
+            raise ValueError(f"num_steps {count} is not possible: DiT samples in 1 to {size} steps")
+        place, stride = 0.0, (size - 1) / max(1, count - 1)
+        for _ in range(count):                                                   # added up, as the official code does:
+            steps.append(start + round(place))                                   # halves are rounded the same way
+            place += stride
+        start += size
+    return steps
+
+
+class GaussianDiffusion:
+    """Forward process q(x_t | x_0) = N(sqrt(alphas_cumprod_t) x_0, (1 - alphas_cumprod_t) I) of 1000 steps, seen at
+    some of them, and its reverse. t (N,) counts the steps that are seen; the model is told the original ones.
+
+    num_steps: which steps are seen, see `space_timesteps`. A shorter chain (Nichol and Dhariwal, section 4) has betas
+        of its own, so that alphas_cumprod at its steps are those of the whole; `timestep_map` (T,) has the originals.
+    schedule: see `betas_of`. prediction: the model's first C channels are the "noise" or "x_start".
+    fixed_variance: of a model that learns none: "large" is beta, "small" that of q(x_{t-1} | x_t, x_0). A model with 2C
+        channels tells in the others where, from the small (-1) to the large (1), its log variance lies; not clamped.
+    Tables are float64, and float32 where tensors meet them, as in the official code.
     """
 
-    def __init__(self, steps=range(1000)):
-        alphas_cumprod = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000, dtype=np.float64))
-        self.timestep_map = np.array(sorted(steps))
-        self.alphas_cumprod = alphas_cumprod[self.timestep_map]
+    def __init__(self, num_steps=1000, schedule="linear", prediction="noise", fixed_variance="large"):
+        known("prediction", prediction, ("noise", "x_start"))
+        known("fixed_variance", fixed_variance, ("large", "small"))
+        self.timestep_map = np.array(space_timesteps(1000, num_steps))
+        self.num_timesteps, self.prediction = len(self.timestep_map), prediction
+        if self.num_timesteps < 2:
+            raise ValueError("num_steps 1 is not possible: the one step would be t = 0, which is nearly data")
+        self.alphas_cumprod = np.cumprod(1 - betas_of(schedule))[self.timestep_map]
         self.alphas_cumprod_prev = np.append(1.0, self.alphas_cumprod[:-1])
-        self.sqrt_alphas_cumprod = np.sqrt(self.alphas_cumprod)
-        self.sqrt_one_minus_alphas_cumprod = np.sqrt(1 - self.alphas_cumprod)
+        self.alphas_cumprod_next = np.append(self.alphas_cumprod[1:], 0.0)
         self.betas = 1 - self.alphas_cumprod / self.alphas_cumprod_prev
         self.log_betas = np.log(self.betas)
-        # q(x_{t-1} | x_t, x_start) = N(coef1 x_start + coef2 x_t, posterior_variance)
+        # q(x_t | x_0), and x_0 = recip x_t - recipm1 eps
+        self.sqrt_alphas_cumprod = np.sqrt(self.alphas_cumprod)
+        self.sqrt_one_minus_alphas_cumprod = np.sqrt(1 - self.alphas_cumprod)
+        self.log_one_minus_alphas_cumprod = np.log(1 - self.alphas_cumprod)
+        self.sqrt_recip_alphas_cumprod = np.sqrt(1 / self.alphas_cumprod)
+        self.sqrt_recipm1_alphas_cumprod = np.sqrt(1 / self.alphas_cumprod - 1)
+        # q(x_{t-1} | x_t, x_0) = N(coef1 x_0 + coef2 x_t, posterior_variance)
         self.posterior_variance = self.betas * (1 - self.alphas_cumprod_prev) / (1 - self.alphas_cumprod)
         self.posterior_mean_coef1 = self.betas * np.sqrt(self.alphas_cumprod_prev) / (1 - self.alphas_cumprod)
         self.posterior_mean_coef2 = (1 - self.alphas_cumprod_prev) * np.sqrt(1 - self.betas) / (1 - self.alphas_cumprod)
-        # the posterior variance of step 0 is 0; its logarithm takes the value of step 1
-        self.posterior_log_variance = np.log(np.append(self.posterior_variance[1:2], self.posterior_variance[1:]))
+        # the posterior's variance at step 0 is 0; its logarithm, and that of beta, take the value of step 1
+        self.posterior_log_variance_clipped = np.log(np.append(self.posterior_variance[1], self.posterior_variance[1:]))
+        large = np.log(np.append(self.posterior_variance[1], self.betas[1:]))
+        self.fixed_log_variance = large if fixed_variance == "large" else self.posterior_log_variance_clipped
+        self.on_device = {}
 
-    def at(self, table, t, x):
-        """Entries t (N,) of a table, shaped to multiply x (N, C, H, W); rounded to float32 as in the official code."""
-        return torch.from_numpy(table).float().to(t.device)[t].to(x.dtype).view(-1, 1, 1, 1)
+    def at(self, name, t):
+        """Entries (N, 1, 1, 1) of a table at steps t (N,), float32."""
+        if (name, t.device) not in self.on_device:
+            self.on_device[name, t.device] = torch.tensor(getattr(self, name), dtype=torch.float32, device=t.device)
+        return self.on_device[name, t.device][t].view(-1, 1, 1, 1)
+
+    def original(self, t):
+        """The steps (N,) of the whole chain that t (N,) are; what the model is told."""
+        return torch.from_numpy(self.timestep_map).to(t.device)[t]
 
     def q_sample(self, x_start, t, eps):
-        """x_t of x_start at the steps t (N,) of this chain."""
-        return (self.at(self.sqrt_alphas_cumprod, t, x_start) * x_start
-                + self.at(self.sqrt_one_minus_alphas_cumprod, t, x_start) * eps)
+        """x_t (N, C, H, W) of x_start at steps t with noise eps."""
+        return (self.at("sqrt_alphas_cumprod", t) * x_start
+                + self.at("sqrt_one_minus_alphas_cumprod", t) * eps)
 
     def predict_x_start(self, x_t, t, eps):
-        """x_start that x_t and its noise eps imply."""
-        return (self.at(1 / self.sqrt_alphas_cumprod, t, x_t) * x_t
-                - self.at(self.sqrt_one_minus_alphas_cumprod / self.sqrt_alphas_cumprod, t, x_t) * eps)
+        """x_start that x_t and its noise imply."""
+        return (self.at("sqrt_recip_alphas_cumprod", t) * x_t
+                - self.at("sqrt_recipm1_alphas_cumprod", t) * eps)
 
-    def posterior_mean(self, x_start, x_t, t):
-        """Mean of q(x_{t-1} | x_t, x_start)."""
-        return self.at(self.posterior_mean_coef1, t, x_t) * x_start + self.at(self.posterior_mean_coef2, t, x_t) * x_t
+    def predict_eps(self, x_t, t, x_start):
+        """Noise that x_t and its x_start imply."""
+        return ((self.at("sqrt_recip_alphas_cumprod", t) * x_t - x_start)
+                / self.at("sqrt_recipm1_alphas_cumprod", t))
 
-    def log_variance(self, fraction, t, x_t):
-        """The learned log variance: `fraction` in [-1, 1] (not clamped) goes from the posterior's to log beta."""
-        low, high = self.at(self.posterior_log_variance, t, x_t), self.at(self.log_betas, t, x_t)
-        return low + (fraction + 1) / 2 * (high - low)
+    def q_posterior(self, x_start, x_t, t):
+        """Mean and log variance of q(x_{t-1} | x_t, x_start)."""
+        mean = self.at("posterior_mean_coef1", t) * x_start + self.at("posterior_mean_coef2", t) * x_t
+        return mean, self.at("posterior_log_variance_clipped", t)
 
+    def p_mean_variance(self, out, x_t, t, clip_denoised=False):
+        """Mean and log variance of p(x_{t-1} | x_t), and x_start, from the model's output (N, C or 2C, H, W).
 
-DIFFUSION = GaussianDiffusion()
+        clip_denoised holds x_start in [-1, 1], the range of images. Latents have none.
+        """
+        out, fraction = out[:, :x_t.shape[1]], out[:, x_t.shape[1]:]
+        x_start = out if self.prediction == "x_start" else self.predict_x_start(x_t, t, out)
+        if clip_denoised:
+            x_start = x_start.clamp(-1, 1)
+        mean, low = self.q_posterior(x_start, x_t, t)
+        if fraction.shape[1] == 0:
+            return mean, self.at("fixed_log_variance", t), x_start
+        fraction = (fraction + 1) / 2
+        return mean, fraction * self.at("log_betas", t) + (1 - fraction) * low, x_start
+
+    def variational_bound(self, out, x_start, x_t, t, clip_denoised=False):
+        """The bound's term of step t (N,) in bits per dimension, and the model's x_start: the KL of the two posteriors,
+        at step 0 the negative log likelihood of x_start as a grey level, though a latent is none."""
+        true_mean, true_logvar = self.q_posterior(x_start, x_t, t)
+        mean, logvar, predicted = self.p_mean_variance(out, x_t, t, clip_denoised)
+        kl = gaussian_kl(true_mean, true_logvar, mean, logvar).flatten(1).mean(1)
+        nll = discretized_gaussian_nll(x_start, mean, 0.5 * logvar).flatten(1).mean(1)
+        return torch.where(t == 0, nll, kl) / math.log(2), predicted
 
 
 def gaussian_kl(mean1, logvar1, mean2, logvar2):
@@ -321,10 +465,7 @@ def gaussian_kl(mean1, logvar1, mean2, logvar2):
 
 
 def discretized_gaussian_nll(x, mean, log_scale):
-    """-log p(x) in nats, element by element, where x in [-1, 1] stands for one of 256 grey levels.
-
-    The official code uses this at t = 0 though its x are latents, which are no grey levels; so does this file.
-    """
+    """-log p(x) in nats, element by element, where x in [-1, 1] stands for one of 256 grey levels."""
     def cdf(v):
         return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (v + 0.044715 * v ** 3)))
 
@@ -333,68 +474,110 @@ def discretized_gaussian_nll(x, mean, log_scale):
     return -p.clamp(min=1e-12).log()
 
 
+DIFFUSION = GaussianDiffusion()
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Objective and samplers
 
-def training_loss(model, x, y, t=None, eps=None, drop=None):
-    """Hybrid loss (N,) of latents x (N, C, H, W) with labels y (N,): squared error of the noise + variational bound.
+def training_loss(model, x, y, diffusion=DIFFUSION, loss="mse", t=None, eps=None, drop=None):
+    """Loss (N,) of latents x (N, C, H, W) with labels y (N,).
 
-    Draws that are not given are made here: t (N,) uniform over the 1000 steps, eps standard normal like x; drop (N,)
-    bool says whose label is dropped (None: the model draws it in train mode). A model without learn_sigma has the first
-    term alone. The bound is in bits per dimension and teaches the variance only: the mean in it carries no gradient.
+        mse             (model - eps)^2, or (model - x)^2, + the variational bound where the model learns its variance
+        rescaled_mse    the same with the bound times T / 1000
+        kl              T times the bound alone
+
+    In the first two the bound teaches the variance only: no gradient goes through the mean in it. The bound is in bits
+    per dimension. Draws that are not given are made here: eps standard normal like x, then t (N,) uniform over the T
+    steps of `diffusion`; drop (N,) bool says whose label is dropped (None: the model draws it in train mode). Raises
+    ValueError for another loss.
     """
-    t = torch.randint(1000, (x.shape[0],), device=x.device) if t is None else t
+    known("loss", loss, ("mse", "rescaled_mse", "kl"))
     eps = torch.randn_like(x) if eps is None else eps
-    x_t = DIFFUSION.q_sample(x, t, eps)
-    out = model(x_t, t, y, drop)
-    eps_hat, fraction = out[:, :x.shape[1]], out[:, x.shape[1]:]
-    loss = (eps_hat - eps).square().flatten(1).mean(1)
-    if fraction.shape[1] == 0:
-        return loss
-    mean = DIFFUSION.posterior_mean(DIFFUSION.predict_x_start(x_t, t, eps_hat.detach()), x_t, t)
-    logvar = DIFFUSION.log_variance(fraction, t, x_t)
-    true_mean = DIFFUSION.posterior_mean(x, x_t, t)
-    kl = gaussian_kl(true_mean, DIFFUSION.at(DIFFUSION.posterior_log_variance, t, x), mean, logvar).flatten(1).mean(1)
-    nll = discretized_gaussian_nll(x, mean, 0.5 * logvar).flatten(1).mean(1)
-    return loss + torch.where(t == 0, nll, kl) / math.log(2)
-
-
-def spaced_steps(num_steps):
-    """num_steps of the 1000 steps, evenly spaced from 0 to 999. Raises ValueError outside 1 .. 1000."""
-    if not 1 <= num_steps <= 1000:
-        raise ValueError(f"num_steps {num_steps} is not possible: DiT samples in 1 to 1000 steps")
-    stride = 999 / max(1, num_steps - 1)
-    return [round(i * stride) for i in range(num_steps)]
+    t = torch.randint(diffusion.num_timesteps, (x.shape[0],), device=x.device) if t is None else t
+    x_t = diffusion.q_sample(x, t, eps)
+    out, C = model(x_t, diffusion.original(t), y, drop), x.shape[1]
+    if loss == "kl":
+        return diffusion.num_timesteps * diffusion.variational_bound(out, x, x_t, t)[0]
+    mse = (out[:, :C] - (eps if diffusion.prediction == "noise" else x)).square().flatten(1).mean(1)
+    if out.shape[1] == C:
+        return mse
+    bound, _ = diffusion.variational_bound(torch.cat([out[:, :C].detach(), out[:, C:]], dim=1), x, x_t, t)
+    return mse + bound * (diffusion.num_timesteps / 1000 if loss == "rescaled_mse" else 1)
 
 
 @torch.no_grad()
-def sample(model, eps, y, sampler="ddpm", num_steps=250, cfg_scale=1.0, cfg_interval=(0.0, 1.0), cfg_channels=None,
-           noise=None):
-    """Noise eps (N, C, H, W) and labels y (N,) -> latents (N, C, H, W), by num_steps model calls.
-
-    sampler "ddpm" draws fresh noise at every step but the last: noise(i) -> (N, C, H, W) gives that of step i (default:
-    torch.randn_like). sampler "ddim" is deterministic. x_start is not clipped, since latents have no range. The noise
-    level of cfg_interval is t / 999; see `guided`. Raises ValueError for another sampler or an impossible num_steps.
-    """
-    if sampler not in ("ddpm", "ddim"):
-        raise ValueError(f"sampler {sampler!r} is not known to DiT: choose ddpm or ddim")
-    diffusion, C, x = GaussianDiffusion(spaced_steps(num_steps)), eps.shape[1], eps
-    for i, step in enumerate(reversed(range(num_steps))):
+def trajectory(model, eps, y, sampler="ddpm", num_steps=250, cfg_scale=1.0, cfg_interval=(0.0, 1.0), cfg_channels=None,
+               schedule="linear", prediction="noise", fixed_variance="large", reverse=False, clip_denoised=False,
+               eta=0.0, noise=None):
+    """The states that `sample` goes through, one after every step; the arguments are its own."""
+    check_sampling(model, eps, y, cfg_scale, cfg_interval, cfg_channels)
+    known("sampler", sampler, ("ddpm", "ddim"))
+    if reverse and (sampler, eta) != ("ddim", 0.0):
+        raise ValueError("reverse: only ddim with eta 0 goes from data to noise")
+    diffusion, x = GaussianDiffusion(num_steps, schedule, prediction, fixed_variance), eps
+    steps = range(diffusion.num_timesteps)
+    for i, step in enumerate(steps if reverse else reversed(steps)):
         t = torch.full((x.shape[0],), step, device=x.device)
-        original = int(diffusion.timestep_map[step])
-        out = guided(model, x, torch.full_like(t, original), y, original / 999, cfg_scale, cfg_interval, cfg_channels)
-        eps_hat, fraction = out[:, :C], out[:, C:]
-        x_start = diffusion.predict_x_start(x, t, eps_hat)
-        if sampler == "ddim":
-            alpha_prev = diffusion.alphas_cumprod_prev[step]
-            x = math.sqrt(alpha_prev) * x_start + math.sqrt(1 - alpha_prev) * eps_hat
-            continue
-        mean = diffusion.posterior_mean(x_start, x, t)
-        if step == 0:
-            return mean
-        if fraction.shape[1] == 0:                                # no learned variance: the posterior's
-            logvar = diffusion.at(diffusion.posterior_log_variance, t, x)
+        level = int(diffusion.timestep_map[step]) / 999
+        out = guided(model, x, diffusion.original(t), y, level, cfg_scale, cfg_interval, cfg_channels)
+        mean, logvar, x_start = diffusion.p_mean_variance(out, x, t, clip_denoised)
+        if sampler == "ddpm":
+            x, sigma = mean, (0.5 * logvar).exp()
         else:
-            logvar = diffusion.log_variance(fraction, t, x)
-        x = mean + (0.5 * logvar).exp() * (torch.randn_like(x) if noise is None else noise(i))
+            alpha, to = diffusion.alphas_cumprod[step], diffusion.alphas_cumprod_prev[step]
+            if reverse:
+                to = diffusion.alphas_cumprod_next[step]
+            sigma = eta * math.sqrt((1 - to) / (1 - alpha) * max(0.0, 1 - alpha / to)) if eta else 0.0
+            x = math.sqrt(to) * x_start + math.sqrt(1 - to - sigma ** 2) * diffusion.predict_eps(x, t, x_start)
+        if step > 0 and (sampler == "ddpm" or eta):
+            x = x + sigma * (torch.randn_like(x) if noise is None else noise(i))
+        yield x
+
+
+def sample(model, eps, y, sampler="ddpm", num_steps=250, **options):
+    """Noise eps (N, C, H, W) and labels y (N,) -> latents (N, C, H, W).
+
+    sampler: "ddpm", ancestral, or "ddim" (Song et al., arXiv 2010.02502), whose eta=0.0 makes it deterministic and 1.0
+        as noisy as ddpm. The model is called once a step.
+    num_steps: how many of the 1000 steps, or which: see `space_timesteps`.
+    cfg_scale=1.0, cfg_interval=(0.0, 1.0), cfg_channels=None: see `guided`. The noise level is t / 999. The official
+        scripts number "no label" 1000 whatever the classes; here it is the model's num_classes.
+    schedule="linear", prediction="noise", fixed_variance="large": see `GaussianDiffusion`. Whether the variance is
+        learned is read from the model's output, so that a checkpoint cannot be sampled with the wrong one.
+    reverse=False: True goes from data (given as eps) to noise, by ddim.
+    clip_denoised=False: hold every x_start in [-1, 1].
+    noise: noise(i) -> (N, C, H, W) gives the noise of step i, counted from 0; default torch.randn_like(x). The last
+        step takes none.
+
+    Raises ValueError for what is not known or not possible.
+    """
+    x = eps
+    for x in trajectory(model, eps, y, sampler, num_steps, **options):
+        pass
     return x
+
+
+@torch.no_grad()
+def bits_per_dim(model, x, y, diffusion=DIFFUSION, clip_denoised=False, noise=None):
+    """The variational bound on -log2 p(x | y) per dimension of latents x (N, C, H, W), and what it is made of.
+
+    -> dict of total_bpd (N,), prior_bpd (N,), and vb, xstart_mse, mse (N, T): the bound's terms, and the squared errors
+    of x_start and of the noise, from the noisiest step to step 0. noise: noise(i) -> (N, C, H, W) of the i-th of them;
+    default torch.randn_like(x). Calls the model T times.
+    """
+    terms = []
+    for i, step in enumerate(reversed(range(diffusion.num_timesteps))):
+        t = torch.full((x.shape[0],), step, device=x.device)
+        eps = torch.randn_like(x) if noise is None else noise(i)
+        x_t = diffusion.q_sample(x, t, eps)
+        bound, x_start = diffusion.variational_bound(model(x_t, diffusion.original(t), y), x, x_t, t, clip_denoised)
+        eps_hat = diffusion.predict_eps(x_t, t, x_start)
+        terms.append([bound, (x_start - x).square().flatten(1).mean(1), (eps_hat - eps).square().flatten(1).mean(1)])
+    vb, xstart_mse, mse = (torch.stack(columns, dim=1) for columns in zip(*terms))
+    last = torch.full((x.shape[0],), diffusion.num_timesteps - 1, device=x.device)
+    mean = diffusion.at("sqrt_alphas_cumprod", last) * x
+    zero = torch.zeros((), device=x.device)
+    prior = gaussian_kl(mean, diffusion.at("log_one_minus_alphas_cumprod", last), zero, zero)
+    prior_bpd = prior.flatten(1).mean(1) / math.log(2)
+    return dict(total_bpd=vb.sum(1) + prior_bpd, prior_bpd=prior_bpd, vb=vb, xstart_mse=xstart_mse, mse=mse)

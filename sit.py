@@ -15,12 +15,14 @@ arXiv 2401.08740. The network is DiT's (Peebles and Xie, arXiv 2212.09748); para
     training_loss(model, x, y).mean().backward()
     z = sample(model, torch.randn(8, 4, 32, 32), y, num_steps=50, cfg_scale=1.5)
 """
+import itertools
 import math
 
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 # === shared by sit.py and dit.py: begin ===
 # ---------------------------------------------------------------------------------------------------------------------
@@ -94,8 +96,18 @@ def modulate(x, shift, scale):
 
 
 # === shared by align.py, sit.py and dit.py: begin ===
+def attention(q, k, v):
+    """softmax(q k^T / sqrt(d)) v of q, k, v (N, heads, T, d): F.scaled_dot_product_attention in readable lines."""
+    weights = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])                   # (N, heads, T, T)
+    weights = weights.softmax(dim=-1)                                            # a token's shares sum to 1
+    return weights @ v                                                           # (N, heads, T, d)
+
+
 class Attention(nn.Module):
-    """Multi-head self-attention over T tokens."""
+    """Multi-head self-attention over T tokens. `fused` = False takes the lines above instead of torch's kernel, which
+    gives the same without holding the T x T weights in memory."""
+
+    fused = True
 
     def __init__(self, dim, num_heads):
         super().__init__()
@@ -108,7 +120,7 @@ class Attention(nn.Module):
     def forward(self, x):
         N, T, D = x.shape
         q, k, v = self.qkv(x).view(N, T, 3, self.num_heads, D // self.num_heads).permute(2, 0, 3, 1, 4)
-        x = F.scaled_dot_product_attention(q, k, v)                              # (N, heads, T, D / heads)
+        x = F.scaled_dot_product_attention(q, k, v) if self.fused else attention(q, k, v)    # (N, heads, T, D / heads)
         return self.proj(x.transpose(1, 2).reshape(N, T, D))
 # === shared by align.py, sit.py and dit.py: end ===
 
@@ -161,6 +173,41 @@ class FinalLayer(nn.Module):
 # ---------------------------------------------------------------------------------------------------------------------
 # What the two model classes have in common
 
+def known(what, value, choices):
+    """Raises ValueError where value is none of the choices."""
+    if value not in choices:
+        raise ValueError(f"{what} {value!r} is not known: choose {', '.join(map(str, choices))}")
+
+
+def check_inputs(model, x, t, y, last):
+    """Raises ValueError for latents of another shape, times outside [0, last] and labels that the model does not know.
+
+    Values are read on the CPU only: a GPU would have to wait. There nn.Embedding's own assertion stops a wrong label.
+    """
+    want = (model.in_channels, model.input_size, model.input_size)
+    if x.ndim != 4 or x.shape[1:] != want:
+        raise ValueError(f"latents {tuple(x.shape)}: this model takes (N, {', '.join(map(str, want))})")
+    if t.shape != x.shape[:1] or y.shape != x.shape[:1]:
+        raise ValueError(f"t {tuple(t.shape)}, y {tuple(y.shape)}: want a time and a label for each latent")
+    if x.device.type == "cpu" and len(x) and not torch.compiler.is_compiling():
+        rows = model.y_embedder.embedding_table.num_embeddings
+        if not (t.min() >= 0 and t.max() <= last):
+            raise ValueError(f"times {t.min():g} to {t.max():g}: want 0 to {last}")
+        if y.min() < 0 or y.max() >= rows:
+            raise ValueError(f"labels {y.min()} to {y.max()}: want 0 to {rows - 1} (the number of classes is no label, "
+                             "in a model with class_dropout_prob > 0)")
+
+
+def transform(blocks, x, c, checkpointed):
+    """Tokens x (N, T, D) through all blocks; checkpointed: the inside of a block is computed again for its gradient."""
+    for block in blocks:
+        if checkpointed and torch.is_grad_enabled():
+            x = checkpoint(block, x, c, use_reentrant=False, preserve_rng_state=False)
+        else:
+            x = block(x, c)
+    return x
+
+
 def unpatchify(x, patch_size, out_channels):
     """(N, T, p * p * C) -> (N, C, H, W); the channel is the fastest index of a token."""
     N, T, _ = x.shape
@@ -210,16 +257,27 @@ def guided(model, x, t, y, noise_level, cfg_scale, cfg_interval, cfg_channels):
     """Classifier-free guidance, uncond + cfg_scale (cond - uncond), on the first cfg_channels channels (None: all).
 
     Outside cfg_interval = (low, high) of the noise level (1 is noise, 0 is data, both ends included) and at scale 1 the
-    conditional output is the result and only it is computed. The official samplers guide three channels; so does
-    cfg_channels=3. Channels beyond the guided ones (DiT's variance too) stay conditional.
+    conditional output is the result and only it is computed. Channels beyond the guided ones stay conditional. The
+    official SiT and DiT guide three channels of four, as cfg_channels=3 does; REPA's samplers guide all.
     """
     low, high = cfg_interval
-    if cfg_scale == 1.0 or not low <= noise_level <= high:
+    if cfg_scale == 1.0 or not low - 1e-6 <= noise_level <= high + 1e-6:         # 1e-6: rounding of times
         return model(x, t, y)
     y_null = torch.full_like(y, model.num_classes)
     cond, uncond = model(torch.cat([x, x]), torch.cat([t, t]), torch.cat([y, y_null])).chunk(2)
     k = x.shape[1] if cfg_channels is None else cfg_channels
     return torch.cat([uncond[:, :k] + cfg_scale * (cond[:, :k] - uncond[:, :k]), cond[:, k:]], dim=1)
+
+
+def check_sampling(model, x, y, cfg_scale, cfg_interval, cfg_channels):
+    """Raises ValueError for labels y that the model does not know and for guidance that it cannot give."""
+    if y.shape != x.shape[:1] or y.min() < 0 or y.max() > model.num_classes:
+        raise ValueError(f"labels {y.tolist()}: want one a latent, 0 to {model.num_classes} (which is no label)")
+    low, high = cfg_interval
+    if not 0 <= low <= high <= 1:
+        raise ValueError(f"cfg_interval {low:g} {high:g}: want noise levels 0 <= low <= high <= 1")
+    if cfg_channels is not None and not 1 <= cfg_channels <= x.shape[1]:
+        raise ValueError(f"cfg_channels {cfg_channels}: the latents have 1 to {x.shape[1]}")
 # === shared by sit.py and dit.py: end ===
 
 
@@ -236,7 +294,8 @@ class SiT(nn.Module):
     def __init__(self, input_size=32, patch_size=2, in_channels=4, hidden_size=1152, depth=28, num_heads=16,
                  mlp_ratio=4.0, class_dropout_prob=0.1, num_classes=1000, learn_sigma=True):
         super().__init__()
-        self.in_channels, self.patch_size, self.num_classes = in_channels, patch_size, num_classes
+        self.input_size, self.in_channels, self.num_classes = input_size, in_channels, num_classes
+        self.patch_size, self.checkpointed = patch_size, False
         self.out_channels = 2 * in_channels if learn_sigma else in_channels
         self.x_embedder = PatchEmbed(input_size, patch_size, in_channels, hidden_size)
         self.t_embedder = TimestepEmbedder(hidden_size)
@@ -246,12 +305,16 @@ class SiT(nn.Module):
         self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels)
         initialize_weights(self)
 
+    def enable_gradient_checkpointing(self):
+        """Keep only the inputs of every block for the backward pass: less memory, one more forward pass."""
+        self.checkpointed = True
+
     def forward(self, x, t, y, drop=None):
         """x (N, C, H, W), t (N,) in [0, 1], y (N,) labels -> velocity (N, C, H, W). `drop` as in LabelEmbedder."""
+        check_inputs(self, x, t, y, 1)
         c = self.t_embedder(t) + self.y_embedder(y, drop)                        # (N, D)
         x = self.x_embedder(x) + self.pos_embed                                  # (N, T, D)
-        for block in self.blocks:
-            x = block(x, c)                                                      # (N, T, D)
+        x = transform(self.blocks, x, c, self.checkpointed)
         x = self.final_layer(x, c)                                               # (N, T, p * p * out_channels)
         return unpatchify(x, self.patch_size, self.out_channels)[:, :self.in_channels]
 
@@ -262,42 +325,332 @@ def create(name, **kwargs):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Objective and samplers
+# Paths from noise to data: x_t = alpha_t x + sigma_t eps, and what a model's output means on them
 
-def training_loss(model, x, y, t=None, eps=None, drop=None):
-    """Flow-matching loss (N,) of latents x (N, C, H, W) with labels y (N,).
+def interpolant(path, t):
+    """alpha, sigma and their derivatives by t at times t (any shape, in [0, 1]) of a path.
 
-    Draws that are not given are made here: t (N,) uniform in [0, 1), eps standard normal like x; drop (N,) bool says
-    whose label is dropped (None: the model draws it in train mode).
+    "linear": straight. "gvp" (generalised variance preserving): a quarter of a circle. "vp": the diffusion of Song et
+    al. (arXiv 2011.13456) with beta from 20 at the noise to 0.1 at the data; at t = 0 its alpha is still 0.0066.
+    Raises ValueError for another path.
     """
-    t = torch.rand(x.shape[0], device=x.device, dtype=x.dtype) if t is None else t
+    known("path", path, ("linear", "gvp", "vp"))
+    if path == "linear":
+        return t, 1 - t, torch.ones_like(t), -torch.ones_like(t)
+    if path == "gvp":
+        angle = math.pi / 2 * t
+        return angle.sin(), angle.cos(), math.pi / 2 * angle.cos(), -math.pi / 2 * angle.sin()
+    s = 1 - t                                                                    # alpha = exp(-1/2 int_0^s beta)
+    alpha, beta = torch.exp(-0.05 * s - 19.9 / 4 * s ** 2), 0.1 + 19.9 * s
+    sigma = torch.sqrt(-torch.expm1(-0.1 * s - 19.9 / 2 * s ** 2))               # sqrt(1 - alpha^2)
+    return alpha, sigma, beta / 2 * alpha, -beta / 2 * alpha ** 2 / sigma
+
+
+def time_interval(path, prediction, eps=None, training=False, reverse=False):
+    """(t0, t1) in which a path is trained or sampled, `eps` away from the ends where a division by alpha or sigma asks
+    for it. Default of eps: 0 for the velocity on linear and gvp, 1e-3 for noise and score; on vp, whose t0 is 0 always,
+    1e-5 in training and 1e-3 in sampling. `reverse` (from data to noise) gives (1 - t0, 1 - t1).
+
+    The official code ignores eps for the velocity on linear and gvp, ignores sample_eps where train_eps is not given,
+    and fails where train_eps alone is; here each counts. In reverse it begins at t = 1 on vp, where noise / sigma is
+    infinite; here noise prediction begins at 1 - eps. Raises ValueError for an eps that cannot be and unknown names.
+    """
+    known("path", path, ("linear", "gvp", "vp"))
+    known("prediction", prediction, ("velocity", "noise", "score"))
+    if eps is None:
+        eps = {"vp": 1e-5 if training else 1e-3}.get(path, 0.0 if prediction == "velocity" else 1e-3)
+    if not 0 <= eps < 0.5 or (eps == 0 and prediction != "velocity"):
+        raise ValueError(f"eps {eps:g}: want at least 0 and less than 0.5, and more than 0 for noise and score")
+    t0, t1 = 0.0 if path == "vp" else eps, 1 - eps
+    if reverse:
+        t0, t1 = t1 if path == "vp" and prediction == "noise" else 1 - t0, 1 - t1
+    return t0, t1
+
+
+def drift_variance(path, t):
+    """alpha' / alpha sigma^2 - sigma sigma': velocity = alpha' / alpha x + this * score. Infinite where alpha is 0."""
+    alpha, sigma, d_alpha, d_sigma = interpolant(path, t)
+    return d_alpha / alpha * sigma ** 2 - sigma * d_sigma
+
+
+def as_velocity(out, x, t, path, prediction):
+    """Velocity (N, C, H, W) that a model's output means at x (N, C, H, W) and t (N,)."""
+    if prediction == "velocity":
+        return out
+    t = t.view(-1, 1, 1, 1)
+    alpha, _, d_alpha, _ = interpolant(path, t)
+    return d_alpha / alpha * x + drift_variance(path, t) * as_score(out, x, t, path, prediction)
+
+
+def as_score(out, x, t, path, prediction):
+    """Score (N, C, H, W), the gradient of log p_t(x), that a model's output means at x (N, C, H, W) and t (N,)."""
+    if prediction == "score":
+        return out
+    alpha, sigma, d_alpha, d_sigma = interpolant(path, t.view(-1, 1, 1, 1))
+    if prediction == "noise":
+        return -out / sigma
+    return (alpha * out - d_alpha * x) / (sigma * (d_alpha * sigma - alpha * d_sigma))
+
+
+def training_loss(model, x, y, path="linear", prediction="velocity", weight=None, t=None, eps=None, drop=None,
+                  train_eps=None):
+    """Loss (N,) of latents x (N, C, H, W) with labels y (N,): squared error of what the model predicts of x_t.
+
+        velocity (model - (alpha' x + sigma' eps))^2     noise w (model - eps)^2     score w (sigma model + eps)^2
+
+    weight None: w = 1. "velocity": w makes it the error of the velocity; "likelihood": that of a bound on -log p.
+    The velocity loss takes no weight and, as in the official code, is the same with any. Draws that are not given are
+    made here: eps standard normal like x, then t (N,) uniform in time_interval(path, prediction, train_eps, True); drop
+    (N,) bool says whose label is dropped (None: the model draws it in train mode). Raises ValueError for unknown names.
+    """
+    t0, t1 = time_interval(path, prediction, train_eps, training=True)
+    known("weight", weight, (None, "velocity", "likelihood"))
     eps = torch.randn_like(x) if eps is None else eps
-    alpha_t = t.view(-1, 1, 1, 1)
-    x_t = alpha_t * x + (1 - alpha_t) * eps
-    return (model(x_t, t, y, drop) - (x - eps)).square().flatten(1).mean(1)
+    t = t0 + (t1 - t0) * torch.rand(x.shape[0], device=x.device, dtype=x.dtype) if t is None else t
+    alpha, sigma, d_alpha, d_sigma = interpolant(path, t.view(-1, 1, 1, 1))
+    out = model(alpha * x + sigma * eps, t, y, drop)
+    if prediction == "velocity":
+        return (out - (d_alpha * x + d_sigma * eps)).square().flatten(1).mean(1)
+    error = out - eps if prediction == "noise" else sigma * out + eps
+    variance = drift_variance(path, t.view(-1, 1, 1, 1))
+    w = {None: 1.0, "velocity": (variance / sigma) ** 2, "likelihood": variance / sigma ** 2}[weight]
+    return (w * error.square()).flatten(1).mean(1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Solvers of dx/dt = field(x, t). A step goes from t to t_next, in either direction
+
+RUNGE_KUTTA = {                                                                  # times c, rows a, weights b
+    "euler": ((0,), ((),), (1,)),
+    "midpoint": ((0, 1 / 2), ((), (1 / 2,)), (0, 1)),
+    "heun2": ((0, 1), ((), (1,)), (1 / 2, 1 / 2)),
+    "heun3": ((0, 1 / 3, 2 / 3), ((), (1 / 3,), (0, 2 / 3)), (1 / 4, 0, 3 / 4)),
+    "rk4": ((0, 1 / 3, 2 / 3, 1), ((), (1 / 3,), (-1 / 3, 1), (1, -1, 1)), (1 / 8, 3 / 8, 3 / 8, 1 / 8)),
+    "dopri5": ((0, 1 / 5, 3 / 10, 4 / 5, 8 / 9, 1, 1),
+               ((), (1 / 5,), (3 / 40, 9 / 40), (44 / 45, -56 / 15, 32 / 9),
+                (19372 / 6561, -25360 / 2187, 64448 / 6561, -212 / 729),
+                (9017 / 3168, -355 / 33, 46732 / 5247, 49 / 176, -5103 / 18656),
+                (35 / 384, 0, 500 / 1113, 125 / 192, -2187 / 6784, 11 / 84)),
+               (35 / 384, 0, 500 / 1113, 125 / 192, -2187 / 6784, 11 / 84, 0)),
+}
+# 5th order minus embedded 4th order (Shampine 1986), with which torchdiffeq estimates the error of dopri5
+DOPRI5_ERROR = (35 / 384 - 1951 / 21600, 0, 500 / 1113 - 22642 / 50085, 125 / 192 - 451 / 720,
+                -2187 / 6784 + 12231 / 42400, 11 / 84 - 649 / 6300, -1 / 60)
+ODE_SAMPLERS = ("euler", "heun", "midpoint", "heun2", "heun3", "rk4", "dopri5")
+SDE_SAMPLERS = ("sde-euler", "sde-heun")
+
+
+def weighted(weights, slopes):
+    """sum_i weights_i slopes_i, without the terms of weight 0."""
+    return sum(w * k for w, k in zip(weights, slopes) if w)
+
+
+def runge_kutta_step(field, x, t, t_next, method, slopes=()):
+    """One explicit step: k_i = field(x + h sum_j a_ij k_j, t + c_i h), x_next = x + h sum_i b_i k_i -> x_next, all k_i.
+
+    `slopes`: the k_i that are known already.
+    """
+    (times, rows, weights), slopes, h = RUNGE_KUTTA[method], list(slopes), t_next - t
+    for c, row in list(zip(times, rows))[len(slopes):]:
+        slopes.append(field(x + h * weighted(row, slopes), t_next if c == 1 else t + c * h))
+    return x + h * weighted(weights, slopes), slopes
+
+
+def dopri5(field, x, t, end, atol, rtol):
+    """Dormand and Prince's method of order 5 with steps of its own choice: yields x after each, the last one at `end`.
+
+    A step is as long as an error of atol + rtol |x|, in the root mean square over all of x, allows; the first is chosen
+    as in Hairer, Norsett and Wanner, "Solving Ordinary Differential Equations I", II.4. The rules are torchdiffeq's, so
+    that it takes no more evaluations than that; but the last step ends at `end`, where torchdiffeq steps beyond and
+    interpolates back, which asks a model for times that it never saw. Raises RuntimeError where it finds no step.
+    """
+    def rms(v):
+        return v.square().mean().sqrt().item()
+
+    forward, span = (1 if end > t else -1), abs(end - t)
+    slope, scale = field(x, t), atol + rtol * x.abs()
+    size, speed = rms(x / scale), rms(slope / scale)
+    h = min(span, 0.01 * size / speed if size > 1e-5 and speed > 1e-5 else 1e-6)
+    bend = rms((field(x + forward * h * slope, t + forward * h) - slope) / scale) / h
+    h = min(100 * h, max(1e-6, 1e-3 * h) if max(speed, bend) <= 1e-15 else (0.01 / max(speed, bend)) ** (1 / 5))
+    while t != end:
+        t_next = end if h >= abs(end - t) else t + forward * h
+        if t_next == t or not math.isfinite(h):
+            raise RuntimeError(f"dopri5 finds no step at t = {t:g}: the model's output is not finite or bends too much")
+        x_next, slopes = runge_kutta_step(field, x, t, t_next, "dopri5", [slope])
+        error = (t_next - t) * weighted(DOPRI5_ERROR, slopes)
+        ratio = rms(error / (atol + rtol * torch.maximum(x.abs(), x_next.abs())))
+        if ratio <= 1:
+            x, t, slope = x_next, t_next, slopes[-1]
+            yield x
+        h *= 10.0 if ratio == 0 else min(10.0, max(0.9 / ratio ** (1 / 5), 1.0 if ratio < 1 else 0.2))
+
+
+def integrate(field, x, t0, t1, sampler, num_steps, breaks=(), atol=1e-6, rtol=1e-3):
+    """Solve dx/dt = field(x, t, start) from t0 to t1; yields x after every step. `start` is a time that stands for the
+    whole step: it lets the field be another one from step to step. "heun" is heun2 with a last step of Euler's, which
+    does not ask for the field at t1. dopri5 makes steps of its own, none across a time of `breaks`."""
+    if sampler == "dopri5":
+        times = [t0, *sorted((t for t in breaks if min(t0, t1) < t < max(t0, t1)), reverse=t1 < t0), t1]
+        for a, b in zip(times, times[1:]):
+            for x in dopri5(lambda x, t: field(x, t, (a + b) / 2), x, a, b, atol, rtol):
+                yield x
+        return
+    times = torch.linspace(t0, t1, num_steps + 1).tolist()                       # float32, as the official grid
+    for t, t_next in zip(times, times[1:]):
+        method = {"heun": "euler" if t_next == times[-1] else "heun2"}.get(sampler, sampler)
+        x, _ = runge_kutta_step(lambda x, s: field(x, s, t), x, t, t_next, method)
+        yield x
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Samplers
+
+def diffusion(form, path, t, norm=1.0):
+    """Diffusion w(t) of the reverse SDE at times t: any w >= 0 leaves the distribution at every t as it is.
+
+    Forms: constant, sbdm (the path's own), sigma, linear, decreasing, increasing-decreasing; `norm` scales them. The
+    official code cannot sample with the first, spells the last one differently in two places, and has no finite first
+    step with sbdm, which is infinite at t = 0 on linear and gvp; see `trajectory`. Raises ValueError for another form.
+    """
+    forms = {
+        "constant": lambda: norm * torch.ones_like(t),
+        "sbdm": lambda: norm * drift_variance(path, t),
+        "sigma": lambda: norm * interpolant(path, t)[1],
+        "linear": lambda: norm * (1 - t),
+        "decreasing": lambda: 0.25 * (norm * torch.cos(math.pi * t) + 1) ** 2,
+        "increasing-decreasing": lambda: norm * torch.sin(math.pi * t) ** 2,
+    }
+    known("diffusion_form", form, forms)
+    return forms[form]()
 
 
 @torch.no_grad()
-def sample(model, eps, y, sampler="heun", num_steps=50, cfg_scale=1.0, cfg_interval=(0.0, 1.0), cfg_channels=None):
-    """Noise eps (N, C, H, W) and labels y (N,) -> latents (N, C, H, W), by num_steps equal steps from t = 0 to t = 1.
+def trajectory(model, eps, y, sampler="heun", num_steps=50, cfg_scale=1.0, cfg_interval=(0.0, 1.0), cfg_channels=None,
+               path="linear", prediction="velocity", sample_eps=None, reverse=False, atol=1e-6, rtol=1e-3,
+               diffusion_form="sigma", diffusion_norm=1.0, last_step="mean", last_step_size=0.04, noise=None):
+    """The states that `sample` goes through, one after every step; the arguments are its own."""
+    check_sampling(model, eps, y, cfg_scale, cfg_interval, cfg_channels)
+    known("sampler", sampler, ODE_SAMPLERS + SDE_SAMPLERS)
+    if num_steps < (2 if sampler in SDE_SAMPLERS else 1):
+        raise ValueError(f"num_steps {num_steps} is not possible: an ODE takes at least 1 step, an SDE at least 2")
+    t0, t1 = time_interval(path, prediction, sample_eps, reverse=reverse)
 
-    sampler "euler" calls the model num_steps times, "heun" 2 num_steps - 1 times (its last step is an Euler step, so
-    that no model call is made at t = 1). The noise level of cfg_interval is 1 - t; see `guided`. The official ODE
-    sampler counts the points of the time grid, one more than steps. Raises ValueError for another sampler or no step.
-    """
-    if sampler not in ("euler", "heun"):
-        raise ValueError(f"sampler {sampler!r} is not known to SiT: choose euler or heun")
-    if num_steps < 1:
-        raise ValueError(f"num_steps {num_steps} is not possible: SiT samples in at least one step")
-
-    def velocity(x, t):
+    def output(x, t, start):
+        """times (N,) and the model's output (N, C, H, W), guided or not as the noise level at `start` says."""
         times = torch.full((x.shape[0],), t, device=x.device, dtype=x.dtype)
-        return guided(model, x, times, y, 1 - t, cfg_scale, cfg_interval, cfg_channels)
+        return times, guided(model, x, times, y, 1 - start, cfg_scale, cfg_interval, cfg_channels)
 
-    x, dt = eps, 1 / num_steps
-    for i in range(num_steps):
-        v = velocity(x, i / num_steps)
-        if sampler == "heun" and i < num_steps - 1:
-            v = (v + velocity(x + dt * v, (i + 1) / num_steps)) / 2
-        x = x + dt * v
+    def velocity(x, t, start):
+        times, out = output(x, t, start)
+        return as_velocity(out, x, times, path, prediction)
+
+    if sampler in ODE_SAMPLERS:
+        breaks = () if cfg_scale == 1.0 else (1 - cfg_interval[0], 1 - cfg_interval[1])
+        yield from integrate(velocity, eps, t0, t1, sampler, num_steps, breaks, atol, rtol)
+        return
+
+    if reverse:
+        raise ValueError(f"reverse: {sampler} goes from noise to data only; take an ODE sampler")
+    known("last_step", last_step, ("mean", "tweedie", "euler", None))
+    if last_step is not None:
+        if not 0 < last_step_size < 1 - t0:
+            raise ValueError(f"last_step_size {last_step_size:g}: want more than 0 and less than {1 - t0:g}")
+        t1 = 1 - last_step_size
+
+    def w(t):
+        return diffusion(diffusion_form, path, torch.tensor(t, dtype=torch.float64), diffusion_norm).item()
+
+    def drift(x, t, start, w_t):
+        """v + w score, from one call of the model."""
+        times, out = output(x, t, start)
+        return as_velocity(out, x, times, path, prediction) + w_t * as_score(out, x, times, path, prediction)
+
+    if prediction == "velocity" and diffusion_form != "sbdm":
+        t0 = 0.0                                                                 # nothing divides by alpha
+    x, dt = eps, (t1 - t0) / (num_steps - 1)
+    for i in range(num_steps - 1):
+        t, t_next = t0 + i * dt, t1 if i == num_steps - 2 else t0 + (i + 1) * dt
+        w_t = w(t) if math.isfinite(w(t)) else w(t_next)
+        dx = math.sqrt(2 * w_t * dt) * (torch.randn_like(x) if noise is None else noise(i))
+        if sampler == "sde-euler":
+            x = x + drift(x, t, t, w_t) * dt + dx
+        else:
+            x = x + dx
+            slope = drift(x, t, t, w_t)
+            if t_next < 1:                                                       # at t = 1 the score is 0 / 0
+                slope = (slope + drift(x + slope * dt, t_next, t, w(t_next))) / 2
+            x = x + slope * dt
+        yield x
+    if last_step == "mean":
+        yield x + last_step_size * drift(x, t1, t1, w(t1))
+    elif last_step == "euler":
+        yield x + last_step_size * velocity(x, t1, t1)
+    elif last_step == "tweedie":                                                 # the data's mean, given x
+        times, out = output(x, t1, t1)
+        alpha, sigma, _, _ = interpolant(path, times.view(-1, 1, 1, 1))
+        yield (x + sigma ** 2 * as_score(out, x, times, path, prediction)) / alpha
+
+
+def sample(model, eps, y, sampler="heun", num_steps=50, **options):
+    """Noise eps (N, C, H, W) and labels y (N,) -> latents (N, C, H, W), from t = 0 to t = 1.
+
+    sampler: an ODE, dx/dt = v, by "euler", "heun", "midpoint", "heun2", "heun3", "rk4" (the 3/8 rule) in num_steps
+        equal steps, or by "dopri5" with steps that atol=1e-6 and rtol=1e-3 set; or the SDE of the same distributions,
+        dx = (v + w score) dt + sqrt(2 w) dW, by "sde-euler" or "sde-heun" in num_steps with the last one.
+        "heun" calls the model 2 num_steps - 1 times, at t < 1 only. The official num_steps counts the points of an
+        ODE's grid: one more than its steps; of its names, "heun" does not exist.
+    cfg_scale=1.0, cfg_interval=(0.0, 1.0), cfg_channels=None: see `guided`. The noise level is 1 - t, looked up where a
+        step begins; dopri5 makes no step across an end of the interval.
+    path="linear", prediction="velocity": what the model was trained with; sample_eps=None: see `time_interval`.
+    reverse=False: True goes from data (given as eps) to noise, by an ODE.
+    diffusion_form="sigma", diffusion_norm=1.0: w, see `diffusion`. Where it is infinite, at the first step with sbdm,
+        its value at the end of that step stands in. The official code gives NaN there, and in Heun's at t = 1.
+    last_step="mean", last_step_size=0.04: how an SDE goes from 1 - last_step_size to 1: "mean" by its drift without
+        noise, "euler" by the ODE's, "tweedie" to the data's mean given x; None: there is no such step.
+    noise: noise(i) -> (N, C, H, W) gives an SDE's noise of step i; default torch.randn_like(x).
+
+    REPA's samplers (arXiv 2410.06940) are "heun", "euler" and "sde-euler", with its time and velocity turned round: its
+    diffusion t is "sigma" on its linear, and "linear" on its cosine path, here gvp. Raises ValueError for what is not
+    known or not possible, RuntimeError where dopri5 finds no step.
+    """
+    x = eps
+    for x in trajectory(model, eps, y, sampler, num_steps, **options):
+        pass
     return x
+
+
+@torch.no_grad()
+def log_likelihood(model, x, y, sampler="dopri5", num_steps=50, path="linear", prediction="velocity", sample_eps=None,
+                   probe=None, atol=1e-6, rtol=1e-3):
+    """log p(x | y) (N,) in nats of latents x (N, C, H, W), and their noise (N, C, H, W), by an ODE sampler in reverse.
+
+        log p(x) = log N(z; 0, I) - int_0^1 div v dt,   div v estimated by e . grad(e . v), e of random signs
+
+    probe: probe(i) -> e (N, C, H, W) of evaluation i; default: one draw for all of them, so that dopri5 sees a field
+    without noise. The official code draws e anew for each. No correction for grey levels: x is a latent.
+    """
+    check_sampling(model, x, y, 1.0, (0.0, 1.0), None)
+    known("sampler", sampler, ODE_SAMPLERS)
+    if probe is None:
+        signs = torch.randint(2, x.shape, device=x.device).to(x.dtype) * 2 - 1
+    count = itertools.count()
+
+    def field(state, t):
+        """Velocity and its divergence: state (N, CHW + 1) -> (N, CHW + 1)."""
+        e = signs if probe is None else probe(next(count))
+        times = torch.full((len(state),), t, device=x.device, dtype=x.dtype)
+        with torch.enable_grad():
+            x_t = state[:, :-1].reshape(x.shape).requires_grad_()
+            v = as_velocity(model(x_t, times, y), x_t, times, path, prediction)
+            divergence = (torch.autograd.grad((v * e).sum(), x_t)[0] * e).flatten(1).sum(1, keepdim=True)
+        return torch.cat([v.detach().flatten(1), divergence], dim=1)
+
+    state = torch.cat([x.flatten(1), x.new_zeros(len(x), 1)], dim=1)
+    t0, t1 = time_interval(path, prediction, sample_eps, reverse=True)
+    for state in integrate(lambda state, s, start: -field(state, 1 - s), state, 1 - t0, 1 - t1, sampler, num_steps,
+                           atol=atol, rtol=rtol):
+        pass
+    z, log_ratio = state[:, :-1], state[:, -1]
+    prior = -0.5 * (z ** 2 + math.log(2 * math.pi)).sum(1)
+    return prior + log_ratio, z.view(x.shape)

@@ -201,6 +201,12 @@ def autoencoder_of(run, family):
     return folder
 
 
+def objective_of(run, family):
+    """What the model of a run's stage was trained to predict, as options of its sampler."""
+    settings = json.loads((run / family / "settings.json").read_text())
+    return {name: settings[name] for name in ("path", "prediction") if name in settings}
+
+
 def load_diffusion(run, family):
     """(module, network) of a run's stage sit or dit, with EMA weights."""
     folder = run / family
@@ -301,15 +307,13 @@ def noise_of(seed, index, step, shape):
 @torch.no_grad()
 def generate(module, model, vae, indices, labels, seed, device, **options):
     """Latents (N, C, h, w) of the autoencoder and images (N, 3, H, W) in [-1, 1] for image numbers and their labels."""
-    grid = model.x_embedder.grid_size * model.patch_size
-    shape = (model.in_channels, grid, grid)
+    shape = (model.in_channels, model.input_size, model.input_size)
 
     def noise(step):
         return torch.stack([noise_of(seed, i, step, shape) for i in indices]).to(device)
 
-    if module is dit and options["sampler"] == "ddpm":
-        options["noise"] = lambda step: noise(1 + step)
-    z = vae.denormalize(module.sample(model, noise(0), labels.to(device), **options))
+    z = module.sample(model, noise(0), labels.to(device), noise=lambda step: noise(1 + step), **options)
+    z = vae.denormalize(z)
     return z, vae.decode(z).sample
 
 
@@ -334,8 +338,8 @@ def task_sheet(tasks, images, latents, labels, heads, task_heads):
 def sample_all(cfg, module, model, vae, device):
     """All images (N, 3, H, W) uint8, their latents (N, C, h, w) and labels (N,), on rank 0; None on the others."""
     rank, _, world_size = process()
-    options = dict(sampler=cfg.sampler, num_steps=cfg.num_steps, cfg_scale=cfg.cfg_scale,
-                   cfg_interval=tuple(cfg.cfg_interval))
+    options = dict(objective_of(cfg.run, cfg.family), sampler=cfg.sampler, num_steps=cfg.num_steps,
+                   cfg_scale=cfg.cfg_scale, cfg_interval=tuple(cfg.cfg_interval), cfg_channels=cfg.cfg_channels)
     mine, parts = torch.arange(rank, cfg.num, world_size), []
     with progress(len(mine), f"sample {cfg.run}", "image") as bar:
         for indices in mine.split(cfg.batch_size):
@@ -368,7 +372,7 @@ def sample_run(cfg, device):
             for name in set(cfg.tasks) - {"features"}:
                 if getattr(task_heads, name) is None:
                     stop(f"--tasks {name}: no head for it in {cfg.heads or 'the folder of the teacher'}: see --heads")
-            grid = model.x_embedder.grid_size * model.patch_size
+            grid = model.input_size
             try:                                                                 # say now what does not fit
                 read_latents(heads, task_heads, torch.zeros(1, heads.config["latent_channels"], grid, grid), 32)
             except ValueError as error:
@@ -485,11 +489,14 @@ def parse_arguments():
     parser.add_argument("--num", type=int, help="number of images (default: 100 samples, all reconstructions)")
     parser.add_argument("--batch-size", type=int, default=100, help="images at once on a process")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--sampler", help="SiT: euler, heun (default heun); DiT: ddpm, ddim (default ddpm)")
+    parser.add_argument("--sampler", help=f"SiT: {', '.join(sit.ODE_SAMPLERS + sit.SDE_SAMPLERS)} (default heun); "
+                        "DiT: ddpm, ddim (default ddpm)")
     parser.add_argument("--num-steps", type=int, default=50, help="steps of the sampler")
     parser.add_argument("--cfg-scale", type=float, default=1.0, help="guidance; 1 is none")
     parser.add_argument("--cfg-interval", type=float, nargs=2, default=(0.0, 1.0), metavar=("LOW", "HIGH"),
                         help="noise levels that are guided: 1 is noise, 0 is data")
+    parser.add_argument("--cfg-channels", type=int, help="guide the first of the latent's channels only; the official "
+                        "SiT and DiT guide 3 (default: all)")
     parser.add_argument("--tasks", nargs="*", default=[], choices=("segmentation", "depth", "features"),
                         help="read these off the generated latents into a picture")
     parser.add_argument("--heads", nargs="+", default=[], help="for --tasks: folders of stage heads or teacher, or "

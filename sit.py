@@ -503,6 +503,28 @@ def integrate(field, x, t0, t1, sampler, num_steps, breaks=(), atol=1e-6, rtol=1
         yield x
 
 
+def integrate_sde(slopes, w, x, t0, t1, sampler, num_steps, noise=None):
+    """Solve dx = (v + w(t) score) dt + sqrt(2 w(t)) dW from t0 to t1 with v, score = slopes(x, t, start), `start` as in
+    `integrate`; yields x after every step. noise(i) is the standard normal of step i."""
+    dt = (t1 - t0) / num_steps
+    for i in range(num_steps):
+        t, t_next = t0 + i * dt, t1 if i == num_steps - 1 else t0 + (i + 1) * dt
+        w_t = w(t) if math.isfinite(w(t)) else w(t_next)
+        dx = math.sqrt(2 * w_t * dt) * (torch.randn_like(x) if noise is None else noise(i))
+        if sampler == "sde-euler":
+            v, score = slopes(x, t, t)
+            x = x + (v + w_t * score) * dt + dx
+        else:                                                                    # Heun's step, from where the noise leads
+            x = x + dx
+            v, score = slopes(x, t, t)
+            drift = v + w_t * score
+            if t_next < 1:                                                       # at t = 1 the score is 0 / 0
+                v, score = slopes(x + drift * dt, t_next, t)
+                drift = (drift + v + w(t_next) * score) / 2
+            x = x + drift * dt
+        yield x
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Samplers
 
@@ -557,39 +579,28 @@ def trajectory(model, eps, y, sampler="heun", num_steps=50, cfg_scale=1.0, cfg_i
         if not 0 < last_step_size < 1 - t0:
             raise ValueError(f"last_step_size {last_step_size:g}: want more than 0 and less than {1 - t0:g}")
         t1 = 1 - last_step_size
+    if prediction == "velocity" and diffusion_form != "sbdm":
+        t0 = 0.0                                                                 # nothing divides by alpha
 
     def w(t):
         return diffusion(diffusion_form, path, torch.tensor(t, dtype=torch.float64), diffusion_norm).item()
 
-    def drift(x, t, start, w_t):
-        """v + w score, from one call of the model."""
+    def slopes(x, t, start):
+        """Velocity and score (N, C, H, W), from one call of the model."""
         times, out = output(x, t, start)
-        return as_velocity(out, x, times, path, prediction) + w_t * as_score(out, x, times, path, prediction)
+        return as_velocity(out, x, times, path, prediction), as_score(out, x, times, path, prediction)
 
-    if prediction == "velocity" and diffusion_form != "sbdm":
-        t0 = 0.0                                                                 # nothing divides by alpha
-    x, dt = eps, (t1 - t0) / (num_steps - 1)
-    for i in range(num_steps - 1):
-        t, t_next = t0 + i * dt, t1 if i == num_steps - 2 else t0 + (i + 1) * dt
-        w_t = w(t) if math.isfinite(w(t)) else w(t_next)
-        dx = math.sqrt(2 * w_t * dt) * (torch.randn_like(x) if noise is None else noise(i))
-        if sampler == "sde-euler":
-            x = x + drift(x, t, t, w_t) * dt + dx
-        else:
-            x = x + dx
-            slope = drift(x, t, t, w_t)
-            if t_next < 1:                                                       # at t = 1 the score is 0 / 0
-                slope = (slope + drift(x + slope * dt, t_next, t, w(t_next))) / 2
-            x = x + slope * dt
+    x = eps
+    for x in integrate_sde(slopes, w, x, t0, t1, sampler, num_steps - 1, noise):
         yield x
-    if last_step == "mean":
-        yield x + last_step_size * drift(x, t1, t1, w(t1))
-    elif last_step == "euler":
-        yield x + last_step_size * velocity(x, t1, t1)
-    elif last_step == "tweedie":                                                 # the data's mean, given x
-        times, out = output(x, t1, t1)
-        alpha, sigma, _, _ = interpolant(path, times.view(-1, 1, 1, 1))
-        yield (x + sigma ** 2 * as_score(out, x, times, path, prediction)) / alpha
+    if last_step is None:
+        return
+    v, score = slopes(x, t1, t1)
+    if last_step == "tweedie":                                                   # the data's mean, given x
+        alpha, sigma, _, _ = interpolant(path, torch.tensor(t1, dtype=x.dtype))
+        yield (x + sigma ** 2 * score) / alpha
+    else:
+        yield x + last_step_size * (v + w(t1) * score if last_step == "mean" else v)
 
 
 def sample(model, eps, y, sampler="heun", num_steps=50, **options):

@@ -2238,7 +2238,7 @@ def test_missing_and_foreign_inputs_are_refused(whole, tmp_path):
     assert "exists" in refused("sample.py", "--run", whole / "plain", "--out", whole / "plain" / "samples.npz")
     words = ["sample.py", "--run", whole / "plain", "--out", tmp_path / "x.npz", "--num"]
     assert "at least one" in refused(*words, 0)
-    assert "not known to SiT" in refused(*words, 2, "--sampler", "ddpm")
+    assert "sampler 'ddpm' is not known: choose euler" in refused(*words, 2, "--sampler", "ddpm")
     assert "stage align" in refused(*words, 2, "--tasks", "features")
     assert not (tmp_path / "x.npz").exists()
     arm = copy_of(whole, tmp_path / "retrained", "vae", "sit")

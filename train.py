@@ -83,7 +83,7 @@ class Config:
     layers_per_block: int = flag(1, "autoencoder: resnets a level")
     norm_groups: int = flag(8, "autoencoder: groups of its norms")
     latent_channels: int = flag(8, "autoencoder: channels of its latents")
-    gradient_checkpointing: bool = flag(False, "autoencoder: less memory, one more forward pass")
+    gradient_checkpointing: bool = flag(False, "autoencoder, sit, dit: less memory, one more forward pass")
     pixel_loss: str = flag("mse", "autoencoder: squared or absolute difference", ("mse", "l1"))
     kl_weight: float = flag(1e-6, "weight of the KL term, which is summed over a latent")
     perceptual_weight: float = flag(0.0, "weight of LPIPS")
@@ -109,6 +109,10 @@ class Config:
     standardize: bool = flag(True, "align: targets of mean 0 and deviation 1 in every channel")
     vae: str = flag(None, "latents, sit, dit: folder of the autoencoder (default: OUT/align, else OUT/vae)")
     model: str = flag(None, "sit, dit: name of the model, for example SiT-B/2")
+    path: str = flag("linear", "sit: from noise to data", ("linear", "gvp", "vp"))
+    prediction: str = flag("velocity", "sit: what the model tells of a point on it", ("velocity", "noise", "score"))
+    loss_weight: str = flag(None, "sit: of noise and score, to count errors of the velocity or of a bound on the "
+                            "likelihood", ("velocity", "likelihood"))
     ema: float = flag(0.997, "sit, dit: decay of the averaged weights")
     num_samples: int = flag(2000, "all stages: images to sample and to compare")
     cfg_scale: float = flag(1.5, "all stages: guidance of the second set of samples")
@@ -1279,7 +1283,9 @@ def train_diffusion(cfg):
     """Stages sit and dit."""
     source, device = find_autoencoder(cfg), device_of_process()
     cfg = dataclasses.replace(cfg, vae=str(source))
-    folder, settings = claim_folder(cfg, *OPTIMISER, *FORWARD, "vae", "model", "ema", autoencoder=checksum(source))
+    objective = ("path", "prediction", "loss_weight") if cfg.stage == "sit" else ()
+    names = OPTIMISER + FORWARD + objective + ("gradient_checkpointing", "vae", "model", "ema")
+    folder, settings = claim_folder(cfg, *names, autoencoder=checksum(source))
     if finished(folder, "ema.safetensors"):
         return
     autoencoder, data = load_autoencoder(source).to(device), Latents(cfg, source)
@@ -1293,29 +1299,37 @@ def train_diffusion(cfg):
     except ValueError as error:
         stop(error)
     ema.load_state_dict(net.state_dict())
+    if cfg.gradient_checkpointing:
+        net.enable_gradient_checkpointing()
+    options, sampler = {}, SAMPLERS[cfg.stage]
+    if cfg.stage == "sit":
+        options = dict(path=cfg.path, prediction=cfg.prediction, weight=cfg.loss_weight)
+        sampler = dict(sampler, path=cfg.path, prediction=cfg.prediction)
+        t0, t1 = module.time_interval(cfg.path, cfg.prediction, training=True)
     model = DDP(net) if process()[2] > 1 else net
-    opt = torch.optim.AdamW(net.parameters(), lr=cfg.lr, weight_decay=0.0)
+    opt = torch.optim.AdamW(net.parameters(), lr=cfg.lr, weight_decay=0.0, fused=True)
     run = Run(cfg, folder, settings, net=net, ema=ema.eval(), opt=opt)
     for step, (moments, labels) in run.steps(data):
         mean, std = moments.to(device).chunk(2, dim=1)
         y, rng = labels.to(device), Draws(cfg, step, device)
         x = autoencoder.normalize(mean + std * rng.randn(*mean.shape[1:]))
         eps, drop = rng.randn(*mean.shape[1:]), rng.rand() < config["class_dropout_prob"]
-        t = rng.rand() if cfg.stage == "sit" else rng.randint(1000)
+        t = t0 + (t1 - t0) * rng.rand() if cfg.stage == "sit" else rng.randint(1000)
         opt.zero_grad()
         for rows in parts_of_batch(cfg, model):
             with autocast(cfg):
-                loss = module.training_loss(model, x[rows], y[rows], t[rows], eps[rows], drop[rows]).mean()
+                draws = dict(t=t[rows], eps=eps[rows], drop=drop[rows])
+                loss = module.training_loss(model, x[rows], y[rows], **draws, **options).mean()
             (loss / cfg.accumulate).backward()
             run.log(loss=loss.detach())
         opt.step()
-        for averaged, parameter in zip(ema.parameters(), net.parameters()):
-            averaged.lerp_(parameter.detach(), 1 - cfg.ema)
+        with torch.no_grad():
+            torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - cfg.ema)
     if process()[0] == 0:
         write_json(config, folder / "config.json")
         labels = torch.arange(min(len(data.classes), 10)).repeat_interleave(8)
         _, images = generate(module, ema, autoencoder, range(len(labels)), labels, cfg.seed, device,
-                             **SAMPLERS[cfg.stage])
+                             **sampler)
         (folder / "samples").mkdir(exist_ok=True)
         save_picture(sheet({"samples, no guidance": to_uint8(images).unflatten(0, (-1, 8))}),
                      folder / "samples" / "final.png")

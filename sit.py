@@ -1,8 +1,8 @@
-"""SiT: a transformer that learns the velocity on the straight path between noise and data, and its ODE samplers.
+"""SiT: a transformer that learns the velocity on a path from noise to data, and samplers of its ODE and its SDE.
 
-    x_t = alpha_t x + sigma_t eps      alpha_t = t, sigma_t = 1 - t         t = 0 is noise, t = 1 is data
-    v   = d x_t / d t = x - eps        loss = mean (model(x_t, t, y) - v)^2
-    sampling: start from eps at t = 0 and follow dx/dt = model(x, t, y) to t = 1
+    x_t = alpha_t x + sigma_t eps      t = 0 is noise, t = 1 is data; on the straight path alpha_t = t, sigma_t = 1 - t
+    v = d x_t / d t = x - eps          loss = mean (model(x_t, t, y) - v)^2
+    sampling: from eps at t = 0 follow dx = v dt, or dx = (v + w score) dt + sqrt(2 w) dW, to t = 1
 
 Ma et al., "SiT: Exploring Flow and Diffusion-based Generative Models with Scalable Interpolant Transformers",
 arXiv 2401.08740. The network is DiT's (Peebles and Xie, arXiv 2212.09748); parameter names are the official ones.

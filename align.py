@@ -39,7 +39,7 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)      
 # ---------------------------------------------------------------------------------------------------------------------
 # Published weights
 
-# === shared by vae.py and align.py: begin ===
+# === shared by vae.py, align.py and fid.py: begin ===
 def fetch(address, sha256=None):
     """Path of a published file in ~/.cache/reals (or $REALS_CACHE), downloaded if it is not there yet.
 
@@ -111,7 +111,7 @@ def load_strict(module, weights, path):
     if said:
         raise ValueError(f"{path} does not fit the network: {'; '.join(said)}")
     module.load_state_dict(weights)
-# === shared by vae.py and align.py: end ===
+# === shared by vae.py, align.py and fid.py: end ===
 
 
 # ---------------------------------------------------------------------------------------------------------------------

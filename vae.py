@@ -529,7 +529,7 @@ SAFETENSORS_TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.fl
                      "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
 
 
-# === shared by vae.py and align.py: begin ===
+# === shared by vae.py, align.py and fid.py: begin ===
 def fetch(address, sha256=None):
     """Path of a published file in ~/.cache/reals (or $REALS_CACHE), downloaded if it is not there yet.
 
@@ -601,9 +601,10 @@ def load_strict(module, weights, path):
     if said:
         raise ValueError(f"{path} does not fit the network: {'; '.join(said)}")
     module.load_state_dict(weights)
-# === shared by vae.py and align.py: end ===
+# === shared by vae.py, align.py and fid.py: end ===
 
 
+# === shared by vae.py and fid.py: begin ===
 @contextlib.contextmanager
 def atomic_file(path):
     """Open a binary file for writing that gets its name when it is complete and on disk, or never."""
@@ -617,6 +618,7 @@ def atomic_file(path):
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+# === shared by vae.py and fid.py: end ===
 
 
 def save_safetensors(tensors, path):

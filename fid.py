@@ -314,20 +314,28 @@ def feature_statistics(feats):
 def frechet_distance(mu1, sigma1, mu2, sigma2):
     """Squared Frechet distance of two Gaussians with means (D,) and covariances (D, D); finite and never negative.
 
-    tr((sigma1 sigma2)^(1/2)) is the sum of the singular values of A^T B where A A^T = sigma1 and B B^T = sigma2: such A
-    and B exist for covariances of any rank, unlike the root of the product. Raises ValueError for other shapes.
+    tr((sigma1 sigma2)^(1/2)) is the sum of the roots of the eigenvalues of L^T sigma2 L with sigma1 = L L^T, which is
+    symmetric, unlike sigma1 sigma2. Where a set has fewer images than dimensions, the zeros among them would be noise,
+    so it is taken as the sum of the singular values of A^T B, sigma1 = A A^T and sigma2 = B B^T with no more columns
+    than their ranks. Raises ValueError for other shapes.
     """
     mu1, mu2, sigma1, sigma2 = (torch.as_tensor(a, dtype=torch.float64) for a in (mu1, mu2, sigma1, sigma2))
     if mu1.ndim != 1 or mu1.shape != mu2.shape or not sigma1.shape == sigma2.shape == (len(mu1), len(mu1)):
         shapes = ", ".join(str(tuple(a.shape)) for a in (mu1, sigma1, mu2, sigma2))
         raise ValueError(f"statistics of shapes {shapes} do not go together: want (D,), (D, D) twice")
+    smallest = len(mu1) * torch.finfo(torch.float64).eps                         # relative: below it, zero
 
     def factor(sigma):
         values, vectors = torch.linalg.eigh(sigma)
-        kept = values > values[-1].clamp(min=0) * len(values) * torch.finfo(torch.float64).eps       # its rank
+        kept = values > values[-1].clamp(min=0) * smallest
         return vectors[:, kept] * values[kept].sqrt()
 
-    cross = torch.linalg.svdvals(factor(sigma1).T @ factor(sigma2)).sum()
+    (lower, failed1), (other, failed2) = torch.linalg.cholesky_ex(sigma1), torch.linalg.cholesky_ex(sigma2)
+    pivots = torch.stack([lower.diagonal(), other.diagonal()]).square()
+    if failed1 or failed2 or (pivots.amin(1) <= pivots.amax(1) * smallest).any():
+        cross = torch.linalg.svdvals(factor(sigma1).T @ factor(sigma2)).sum()
+    else:
+        cross = torch.linalg.eigvalsh(lower.T @ sigma2 @ lower).clamp(min=0).sqrt().sum()
     distance = (mu1 - mu2).square().sum() + sigma1.trace() + sigma2.trace() - 2 * cross
     return max(distance.item(), 0.0)
 
@@ -368,14 +376,15 @@ def inception_score(logits, split_size=5000):
 
 
 def squared_distances(a, b):
-    """a (N, D), b (M, D) -> (N, M)."""
-    return (a.square().sum(1)[:, None] + b.square().sum(1) - 2 * a @ b.T).clamp(min=0)
+    """a (N, D), b (M, D) -> |a - b|^2 (N, M)."""
+    squares = torch.addmm(b.square().sum(1), a, b.T, alpha=-2)
+    return squares.add_(a.square().sum(1, keepdim=True)).clamp_(min=0)
 
 
 def precision_recall(reference, samples, k=3, rows=1000):
     """(precision, recall) of feats samples (N, D) against reference (M, D), by balls that reach to the k-th neighbour.
 
-    Distances are made `rows` x everything at a time, in the type of the features. ADM rounds them to float16, which
+    Distances are made of `rows` images to all at a time, in the type of the features. ADM rounds them to float16, which
     moves a sample or two across an edge. Raises ValueError for sets of k images or fewer.
     """
     reference, samples = torch.as_tensor(reference), torch.as_tensor(samples)
@@ -385,13 +394,16 @@ def precision_recall(reference, samples, k=3, rows=1000):
     reference, samples = reference - centre, samples - centre
 
     def radii(feats):                                                            # k + 1: a row holds the image itself
-        return torch.cat([squared_distances(block, feats).kthvalue(k + 1, dim=1).values for block in feats.split(rows)])
+        nearest = [squared_distances(block, feats).topk(k + 1, largest=False).values for block in feats.split(rows)]
+        return torch.cat(nearest)[:, -1]
 
-    def share(feats, balls, radius):
-        return torch.cat([(squared_distances(block, balls) <= radius).any(1) for block in feats.split(rows)])
-
-    return (share(samples, reference, radii(reference)).double().mean().item(),
-            share(reference, samples, radii(samples)).double().mean().item())
+    around_real, around_samples = radii(reference), radii(samples)
+    precise, recalled = [], torch.zeros(len(reference), dtype=torch.bool, device=reference.device)
+    for block, radius in zip(samples.split(rows), around_samples.split(rows)):
+        squares = squared_distances(block, reference)
+        precise.append((squares <= around_real).any(1))
+        recalled |= (squares <= radius[:, None]).any(0)
+    return torch.cat(precise).double().mean().item(), recalled.double().mean().item()
 
 
 def kid(feats1, feats2, subsets=100, subset_size=1000, seed=2020):

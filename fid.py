@@ -270,6 +270,9 @@ RESIZES = {"tf1": resize_tf1, "pytorch-fid": resize_pytorch_fid, "clean-fid": re
 # ---------------------------------------------------------------------------------------------------------------------
 # Metrics of features; each can be used alone, on anybody's
 
+NOT_FINITE = "features are not finite: look at the images, or at the weights of the network"
+
+
 class Statistics:
     """Mean and covariance of rows that come in batches: memory does not grow with their number."""
 
@@ -297,7 +300,7 @@ class Statistics:
         mean = self.sum / self.count
         sigma = (self.products - self.count * mean.outer(mean)) / (self.count - 1)
         if not sigma.isfinite().all():
-            raise ValueError("features are not finite: look at the images, or at the weights of the network")
+            raise ValueError(NOT_FINITE)
         return mean.cpu().numpy(), sigma.cpu().numpy()
 
 
@@ -360,7 +363,10 @@ class ScoreSums:
         dist.all_reduce(self.sums)
 
     def score(self):
-        """exp of the mean KL(p(y | x) || p(y)) of every split, averaged over splits; a short last one counts as one."""
+        """exp of the mean KL(p(y | x) || p(y)) of every split, averaged over splits; a short last one counts as one.
+        Raises ValueError for NaN logits."""
+        if not self.sums.isfinite().all():
+            raise ValueError(NOT_FINITE)
         p, entropy, count = self.sums[:, :-2], self.sums[:, -2], self.sums[:, -1]
         marginal = p / count[:, None]
         return (entropy / count - torch.xlogy(marginal, marginal).sum(1)).exp().mean().item()
@@ -743,7 +749,7 @@ def compare(samples, reference, statistics, metrics, device):
     if set(OF_FEATURES) & set(metrics):
         real, ours = reference.feats.to(device), samples.feats.to(device)
         if not (real.isfinite().all() and ours.isfinite().all()):
-            raise ValueError("features are not finite: look at the images, or at the weights of the network")
+            raise ValueError(NOT_FINITE)
         if {"precision", "recall"} & set(metrics):
             precision, recall = precision_recall(real, ours)
             figures.update({k: v for k, v in (("precision", precision), ("recall", recall)) if k in metrics})
@@ -770,10 +776,13 @@ def plan(cfg):
     for one in (images, reference):
         if one is not None and len(one) < 2:
             raise ValueError(f"{one.path} holds {one.about}: want at least 2")
+    for path in (cfg.json, cfg.save_stats):
+        if path and not path.parent.is_dir():
+            raise ValueError(f"{path}: there is no folder {path.parent}: make it first")
     return images, reference, statistics, metrics
 
 
-def report(cfg, images, told, figures):
+def report(cfg, images, told, fewest, figures):
     """Print a table of figures, with what they are of, and write them where --json says."""
     weights = cfg.weights or INCEPTION[0].split("/")[-1]
     print(f"samples    {cfg.samples}: {images.about}\nreference  {cfg.reference}: {told}\n"
@@ -782,7 +791,7 @@ def report(cfg, images, told, figures):
         if name in figures:
             spread = f" +- {figures['kid_std']:.6f} over subsets" if name == "kid" else ""
             print(f"{title:16}{figures[name]:12.{6 if name == 'kid' else 4}f}{spread}")
-    if len(images) < 2048 and PART.keys() & figures.keys():
+    if fewest < 2048 and PART.keys() & figures.keys():
         print("\nfewer than 2,048 images: FID and sFID are far from those of many; compare with as many only")
     if cfg.json:
         facts = dict(samples=str(cfg.samples), num_samples=len(images), reference=f"{cfg.reference}: {told}",
@@ -820,7 +829,8 @@ def run(cfg):
     told = ["its statistics"] if len(rest) < len(PART.keys() & set(metrics)) else []
     told += [reference.about] if rest else []
     told += [f"{len(theirs.feats):,} images for {', '.join(of_features)}"] if of_features else []
-    report(cfg, images, "; ".join(told) or "not needed", compare(ours, theirs, statistics, metrics, device))
+    fewest = min(len(images), len(reference)) if rest else len(images)
+    report(cfg, images, "; ".join(told) or "not needed", fewest, compare(ours, theirs, statistics, metrics, device))
 
 
 def main():

@@ -2059,7 +2059,10 @@ def test_the_evaluator_refuses_what_it_cannot_do(image_sets, inception_weights, 
     broken["fc.bias"] = torch.zeros(1008)
     broken["Mixed_5b.branch1x1.bn.bias"] = torch.full((64,), math.nan)
     torch.save(broken, tmp_path / "nan.pth")
-    assert "features are not finite" in refused("fid.py", samples, only, "--weights", tmp_path / "nan.pth")
+    for metrics in ("fid", "is"):
+        line = refused("fid.py", samples, only, "--weights", tmp_path / "nan.pth", "--metrics", metrics)
+        assert "features are not finite" in line
+    assert "there is no folder" in refused("fid.py", samples, only, *weights, "--json", tmp_path / "no" / "out.json")
     monkeypatch.setattr(fid, "INCEPTION", (f"{server}/inception.pth", None))
     line = refused("fid.py", samples, only)
     assert "inception.pth is not in" in line and "download" in line

@@ -514,7 +514,7 @@ def integrate_sde(slopes, w, x, t0, t1, sampler, num_steps, noise=None):
         if sampler == "sde-euler":
             v, score = slopes(x, t, t)
             x = x + (v + w_t * score) * dt + dx
-        else:                                                                    # Heun's step, from where the noise leads
+        else:                                                                    # Heun, from where the noise leads
             x = x + dx
             v, score = slopes(x, t, t)
             drift = v + w_t * score

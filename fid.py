@@ -242,7 +242,8 @@ def in_float(images):
 def resize_tf1(images):
     """TensorFlow 1's bilinear: pixel i of the result lies at i * old / new of the image. ADM's, and the default."""
     def along(x, dim):
-        position = torch.arange(299, dtype=torch.float32, device=x.device) * (x.shape[dim] / 299)
+        scale = float(np.float32(x.shape[dim] / 299))                            # TensorFlow's is a float32
+        position = torch.arange(299, dtype=x.dtype, device=x.device) * scale
         low = position.floor().long()
         share = (position - low).view([-1 if d == dim else 1 for d in (0, 1, 2, 3)])
         a, b = x.index_select(dim, low), x.index_select(dim, (low + 1).clamp(max=x.shape[dim] - 1))

@@ -1770,9 +1770,7 @@ def test_inception_equals_official_figures(name):
         out = inception_outputs(network, resize(x.to(dtype)).to(dtype))
         for key, recorded in entry[str(dtype).split(".")[1]].items():
             tolerance = {1: 2e-2, 1.4: 5e-4}[entry["config"]["gain"]] if "minus" in key else 1e-4
-            if dtype == torch.float64:                                           # TensorFlow's positions are float32
-                tolerance = 5e-6 if entry["config"].get("resize") == "tf1" else 1e-6
-            assert difference(out[key], recorded) < tolerance, (key, dtype)
+            assert difference(out[key], recorded) < (tolerance if dtype == torch.float32 else 1e-6), (key, dtype)
 
 
 def test_inception_has_the_published_names():

@@ -26,6 +26,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
+from torch.distributed.rendezvous import rendezvous
 from tqdm import tqdm
 
 import align
@@ -45,6 +46,18 @@ def process():
 def device_of_process():
     """The GPU of this process, else the CPU."""
     return torch.device("cuda", process()[1]) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def join_processes():
+    """Take this process' GPU, and begin to talk to the others where there are any. torchrun --max-restarts keeps its
+    store, with the addresses of the dead in it, so every start has keys of its own."""
+    if torch.cuda.is_available():
+        torch.cuda.set_device(device_of_process())
+    if process()[2] > 1:
+        store, rank, world_size = next(rendezvous("env://"))
+        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
 
 
 def barrier():
@@ -531,10 +544,7 @@ def parse_arguments():
 def main():
     """Sample a run, or reconstruct images, and let rank 0 write what is to be written."""
     cfg, device = parse_arguments(), device_of_process()
-    if torch.cuda.is_available():
-        torch.cuda.set_device(device)
-    if process()[2] > 1:
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    join_processes()
     if cfg.reconstruct:
         reconstruct(cfg, device)
     else:

@@ -13,6 +13,7 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -2253,27 +2254,80 @@ def log_without_rates(path):
     return [{k: v for k, v in line.items() if k != "images_per_second"} for line in lines]
 
 
-def test_a_killed_stage_ends_like_one_that_ran_through(whole, tmp_path):
-    through, killed = copy_of(whole, tmp_path / "a", "vae", "latents"), copy_of(whole, tmp_path / "b", "vae", "latents")
-    stage = ["--stage", "sit", "--scenes", "240", "--batch-size", "8", "--steps", "120", "--log-every", "5",
-             "--save-every", "10"]
-    vae_of = ["--vae", str(whole / "plain" / "vae")]
-    command("train.py", "--out", through, *stage, *vae_of)
-    child = subprocess.Popen([sys.executable, "train.py", "--out", str(killed), *stage, *vae_of], cwd=HERE,
-                             env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL)
-    log = killed / "sit" / "log.jsonl"
-    while not (log.is_file() and len(log.read_text().splitlines()) >= 9):        # past a checkpoint, before the end
+def until_it_has_logged(child, log, lines):
+    while not (log.is_file() and len(log.read_text().splitlines()) >= lines):
         assert child.poll() is None, "it ended before it was killed"
         time.sleep(0.01)
-    child.send_signal(signal.SIGKILL)
-    child.wait()
-    assert not (killed / "sit" / "ema.safetensors").exists()
-    command("train.py", "--out", killed, *stage, *vae_of)
-    assert (through / "sit" / "ema.safetensors").read_bytes() == (killed / "sit" / "ema.safetensors").read_bytes()
-    assert log_without_rates(through / "sit") == log_without_rates(killed / "sit")
-    a, b = (torch.load(run / "sit" / "checkpoint.pt", weights_only=True) for run in (through, killed))
+
+
+def same_end(a, b, stage="sit"):
+    """Two runs of a stage with the same weights, averages, optimiser and log, bit for bit."""
+    assert (a / stage / "ema.safetensors").read_bytes() == (b / stage / "ema.safetensors").read_bytes()
+    assert log_without_rates(a / stage) == log_without_rates(b / stage)
+    a, b = (torch.load(run / stage / "checkpoint.pt", weights_only=True) for run in (a, b))
     for name, state in a["opt"]["state"].items():
         assert all(torch.equal(v, b["opt"]["state"][name][k]) for k, v in state.items())
+
+
+def test_a_stopped_stage_ends_like_one_that_ran_through(whole, tmp_path):
+    """Killed between checkpoints; asked to stop, between two lines of the log; its last checkpoint cut off."""
+    through, stopped = (copy_of(whole, tmp_path / name, "vae", "latents") for name in "ab")
+    stage = ["--stage", "sit", "--scenes", "240", "--batch-size", "8", "--steps", "120", "--log-every", "5",
+             "--save-every", "10", "--vae", str(whole / "plain" / "vae")]
+    command("train.py", "--out", through, *stage)
+    folder, env = stopped / "sit", {**os.environ, "OMP_NUM_THREADS": "1"}
+    words = [sys.executable, "train.py", "--out", str(stopped), *stage]
+    for kind, lines in ((signal.SIGKILL, 5), (signal.SIGTERM, 9), (signal.SIGTERM, 14)):
+        child = subprocess.Popen(words, cwd=HERE, env=env, stderr=subprocess.PIPE, text=True)
+        until_it_has_logged(child, folder / "log.jsonl", lines)                  # past a checkpoint, before the end
+        child.send_signal(kind)
+        errors = child.communicate()[1]
+        assert child.returncode == (-signal.SIGKILL if kind == signal.SIGKILL else 143), errors[-2000:]
+        assert not (folder / "ema.safetensors").exists() and "Traceback" not in errors
+        if kind == signal.SIGTERM:                                               # nothing after the checkpoint was done
+            step = torch.load(folder / "checkpoint.pt", weights_only=True)["step"]
+            assert max(line["step"] for line in log_without_rates(folder)) <= step < 120
+    checkpoint = (folder / "checkpoint.pt").read_bytes()
+    (folder / "checkpoint.pt").write_bytes(checkpoint[:len(checkpoint) // 2])
+    assert f"{folder}/checkpoint.pt is damaged" in command(*words[1:]).stderr
+    same_end(through, stopped)
+
+
+@pytest.mark.parametrize("kind", [signal.SIGTERM, signal.SIGKILL])
+def test_torchrun_starts_again_what_one_process_lost(whole, tmp_path, kind):
+    """A signal reaches one of two processes: asked to stop, both save at the same step; killed, both end. torchrun
+    starts them again."""
+    through, stopped = (copy_of(whole, tmp_path / name, "vae", "latents") for name in "ab")
+    stage = ["--stage", "sit", "--scenes", "240", "--batch-size", "8", "--steps", "90", "--log-every", "5",
+             "--save-every", "10", "--vae", str(whole / "plain" / "vae")]
+    command("train.py", "--out", through, *stage, processes=2)
+    words = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=1", "--", "train.py",
+             "--out", str(stopped), *stage]
+    child = subprocess.Popen([sys.executable, *words], cwd=HERE, stderr=subprocess.PIPE, text=True,
+                             env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
+    until_it_has_logged(child, stopped / "sit" / "log.jsonl", 5)
+    workers = Path(f"/proc/{child.pid}/task/{child.pid}/children").read_text().split()
+    ranks = {pid: Path(f"/proc/{pid}/environ").read_bytes() for pid in workers}
+    os.kill(next(int(pid) for pid, environ in ranks.items() if b"\0RANK=1\0" in environ), kind)
+    errors = child.communicate()[1]
+    assert child.returncode == 0 and ("143" if kind == signal.SIGTERM else "-9") in errors, errors[-3000:]
+    same_end(through, stopped)
+
+
+def test_a_full_disk_leaves_the_checkpoint_before(whole, tmp_path):
+    out = copy_of(whole, tmp_path / "a", "vae", "latents")
+    stage = ["--stage", "sit", "--scenes", "240", "--batch-size", "8", "--steps", "20", "--log-every", "5",
+             "--save-every", "10", "--vae", str(whole / "plain" / "vae"), "--out", str(out)]
+    words = shlex.join([sys.executable, "train.py", *stage])
+    done = subprocess.run(["bash", "-c", f"ulimit -f 2000; {words}"], cwd=HERE, capture_output=True, text=True)
+    line = [line for line in done.stderr.splitlines() if line.strip()][-1]
+    assert done.returncode == 2 and "checkpoint.pt cannot be written at step 10" in line and "make room" in line
+    assert not list((out / "sit").glob("*.pt")) and not list((out / "sit").glob(".*"))
+    command("train.py", *stage)
+    for name in ("checkpoint.pt", "previous.pt"):
+        (out / "sit" / name).write_bytes(b"nothing")
+    (out / "sit" / "ema.safetensors").unlink()
+    assert "no checkpoint that can be read" in command("train.py", *stage, check=False).stderr
 
 
 @pytest.mark.parametrize("stage, weights", [

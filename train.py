@@ -44,9 +44,9 @@ from tqdm import tqdm
 import align
 import fid
 import vae
-from sample import (FAMILIES, autoencoder_folder, barrier, by_class, checksum, device_of_process, generate,
-                    first_on_node, legend_of, load_autoencoder, load_heads, load_lpips, load_task_heads, process,
-                    progress, read_latents, read_tasks, save_picture, scatter, sheet, stop, to_float, to_uint8)
+from sample import (FAMILIES, autoencoder_folder, barrier, by_class, checksum, device_of_process, first_on_node,
+                    generate, join_processes, legend_of, load_autoencoder, load_heads, load_lpips, load_task_heads,
+                    process, progress, read_latents, read_tasks, save_picture, scatter, sheet, stop, to_float, to_uint8)
 from vae import atomic_file, load_weights, save_safetensors
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -584,7 +584,8 @@ AUTOENCODER = ("channels", "layers_per_block", "norm_groups", "latent_channels")
 
 
 class Run:
-    """A training run in a folder: resumes from checkpoint.pt, sets the learning rate, averages and writes the log.
+    """A training run in a folder: resumes from its last good checkpoint, sets the learning rate, averages and writes
+    the log. SIGTERM lets it finish the step, save and exit with status 143; the same command goes on from there.
 
         run = Run(cfg, folder, settings, net=net, opt=opt)          modules and optimisers that a checkpoint holds
         for step, batch in run.steps(data):
@@ -595,16 +596,30 @@ class Run:
     def __init__(self, cfg, folder, settings, **parts):
         write_settings(folder, settings)
         self.cfg, self.folder, self.parts, self.step, self.sums = cfg, folder, parts, 0, {}
-        path = folder / "checkpoint.pt"
-        if path.is_file():
-            state = torch.load(path, map_location="cpu", weights_only=True)
-            self.step = state["step"]
+        self.terminated = False
+        # signals do not come to all processes at the same step; a group on the CPU lets them agree without the GPU
+        self.group = dist.new_group(backend="gloo") if process()[2] > 1 else None
+        state = self.last_checkpoint()
+        if state:
+            self.step, self.sums = state["step"], state["sums"][process()[0]]
             for name, part in parts.items():
                 part.load_state_dict(state[name])
         if process()[0] == 0:                                                    # lines after the checkpoint come again
             lines = [line for line in self.lines() if line["step"] <= self.step]
             with atomic_file(folder / "log.jsonl") as file:
                 file.write("".join(json.dumps(line) + "\n" for line in lines).encode())
+
+    def last_checkpoint(self):
+        """checkpoint.pt, or the one before if that is damaged, which is said; None where there is none."""
+        paths = [path for path in (self.folder / "checkpoint.pt", self.folder / "previous.pt") if path.is_file()]
+        for path in paths:
+            try:
+                return torch.load(path, map_location="cpu", weights_only=True)
+            except Exception as error:                                           # damaged bytes raise almost anything
+                if process()[0] == 0:
+                    print(f"{path} is damaged ({str(error).splitlines()[0]}): it is passed over", file=sys.stderr)
+        if paths:
+            stop(f"{self.folder} has no checkpoint that can be read: delete the folder to begin anew")
 
     def lines(self):
         """The log so far; a line that was cut off by a kill does not count."""
@@ -624,6 +639,7 @@ class Run:
         cfg = self.cfg
         batches = load_batches(data, StepSampler(data, cfg, self.step, cfg.steps), cfg.workers)
         optimisers = [part for part in self.parts.values() if isinstance(part, torch.optim.Optimizer)]
+        before = signal.signal(signal.SIGTERM, lambda *_: setattr(self, "terminated", True))
         with progress(cfg.steps, f"{cfg.stage} {cfg.out}", "step", self.step) as bar:
             start, first = time.time(), self.step
             for batch in batches:
@@ -637,8 +653,20 @@ class Run:
                 bar.update()
                 if self.step % cfg.log_every == 0 or self.step == cfg.steps:
                     self.write_log(bar, (self.step - first) / (time.time() - start))
-                if self.step % cfg.save_every == 0 or self.step == cfg.steps:
+                stopping = self.asked_to_stop()
+                if self.step % cfg.save_every == 0 or self.step == cfg.steps or stopping:
                     self.save()
+                if stopping:
+                    sys.exit(143)
+        signal.signal(signal.SIGTERM, before)
+
+    def asked_to_stop(self):
+        """Whether SIGTERM has come to any of the processes."""
+        if self.group is None:
+            return self.terminated
+        terminated = torch.tensor(float(self.terminated))
+        dist.all_reduce(terminated, dist.ReduceOp.MAX, group=self.group)
+        return terminated.item() > 0
 
     def log(self, **scalars):
         """Add scalars to the averages of the next line. Tensors stay on the device: no synchronisation here."""
@@ -665,14 +693,28 @@ class Run:
                 file.write(json.dumps(line) + "\n")
 
     def save(self):
-        """checkpoint.pt and curves.png, by rank 0."""
+        """checkpoint.pt and curves.png, by rank 0; the checkpoint before becomes previous.pt."""
+        sums = [self.sums]                                                       # between two lines of the log
+        if self.group is not None:
+            sums = [None] * process()[2]
+            dist.all_gather_object(sums, self.sums, group=self.group)
         if process()[0] == 0:
-            with atomic_file(self.folder / "checkpoint.pt") as file:
-                torch.save({"step": self.step, **{name: part.state_dict() for name, part in self.parts.items()}}, file)
+            path = self.folder / "checkpoint.pt"
+            state = {name: part.state_dict() for name, part in self.parts.items()}
+            try:
+                with atomic_file(path) as file:
+                    torch.save({"step": self.step, "sums": sums, **state}, file)
+                    if path.is_file():
+                        os.replace(path, self.folder / "previous.pt")
+            except (OSError, RuntimeError) as error:                             # torch wraps what its writer meets
+                reason = str(error).splitlines()[0]
+                stop(f"{path} cannot be written at step {self.step} ({reason}): make room; the same command goes on "
+                     "from the one before")
             lines, run = self.lines(), self.folder.parent.name
             panels = {name: {run: [(line["step"], line[name]) for line in lines if name in line]}
-                      for name in lines[-1] if name not in ("step", "lr", "images_per_second")}
-            save_picture(plot(panels), self.folder / "curves.png")
+                      for name in (lines[-1] if lines else ()) if name not in ("step", "lr", "images_per_second")}
+            if panels:
+                save_picture(plot(panels), self.folder / "curves.png")
         barrier()
 
 
@@ -1714,10 +1756,7 @@ def run_stage(cfg):
     if cfg.steps and cfg.batch_size % (process()[2] * cfg.accumulate):
         stop(f"--batch-size {cfg.batch_size} is that of all processes: it does not divide by {process()[2]}"
              + (f" and --accumulate {cfg.accumulate}" if cfg.accumulate > 1 else ""))
-    if process()[2] > 1:
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-    if torch.cuda.is_available():
-        torch.cuda.set_device(device_of_process())
+    join_processes()
     stages = {"teacher": train_classifier, "evaluator": train_classifier, "heads": train_heads,
               "vae": train_autoencoder, "align": train_autoencoder, "latents": encode_latents,
               "sit": train_diffusion, "dit": train_diffusion, "report": report}

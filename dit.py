@@ -404,15 +404,19 @@ class GaussianDiffusion:
         self.fixed_log_variance = large if fixed_variance == "large" else self.posterior_log_variance_clipped
         self.on_device = {}
 
+    def table(self, name, device, dtype):
+        """A table (T,) on a device, where it is kept."""
+        if (name, device) not in self.on_device:
+            self.on_device[name, device] = torch.tensor(getattr(self, name), dtype=dtype, device=device)
+        return self.on_device[name, device]
+
     def at(self, name, t):
         """Entries (N, 1, 1, 1) of a table at steps t (N,), float32."""
-        if (name, t.device) not in self.on_device:
-            self.on_device[name, t.device] = torch.tensor(getattr(self, name), dtype=torch.float32, device=t.device)
-        return self.on_device[name, t.device][t].view(-1, 1, 1, 1)
+        return self.table(name, t.device, torch.float32)[t].view(-1, 1, 1, 1)
 
     def original(self, t):
         """The steps (N,) of the whole chain that t (N,) are; what the model is told."""
-        return torch.from_numpy(self.timestep_map).to(t.device)[t]
+        return self.table("timestep_map", t.device, torch.int64)[t]
 
     def q_sample(self, x_start, t, eps):
         """x_t (N, C, H, W) of x_start at steps t with noise eps."""

@@ -2227,7 +2227,7 @@ def test_weights_of_a_run_are_in_published_formats(whole):
     theirs = diffusers.AutoencoderKL.from_pretrained(whole / "aligned" / "align")
     assert len(theirs.config.latents_std) == 4
     checkpoint = torch.load(whole / "plain" / "sit" / "checkpoint.pt", weights_only=True)
-    assert set(checkpoint) == {"step", "net", "ema", "opt"} and checkpoint["step"] == 6
+    assert set(checkpoint) == {"step", "sums", "net", "ema", "opt"} and checkpoint["step"] == 6
     module, model = sample.load_diffusion(whole / "plain", "sit")
     assert module is sit and model.num_classes == 10
 
@@ -2363,7 +2363,7 @@ def test_lpips_and_gan_train_on_two_processes(tmp_path, lpips_cache):
     assert {"l1", "kl", "lpips"} <= lines[0].keys() and "gan" not in lines[0] and "mse" not in lines[0]
     assert {"l1", "kl", "lpips", "gan", "d_weight", "discriminator"} <= lines[-1].keys()
     state = torch.load(tmp_path / "vae" / "checkpoint.pt", weights_only=True)
-    assert set(state) == {"step", "net", "opt", "discriminator", "d_opt"}
+    assert set(state) == {"step", "sums", "net", "opt", "discriminator", "d_opt"}
     assert all(v.dtype == torch.float32 for v in state["net"].values())
 
 

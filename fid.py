@@ -69,6 +69,8 @@ class BasicConv2d(nn.Module):
 
 
 class InceptionA(nn.Module):
+    """(N, C, 35, 35) -> (N, 224 + pool_features, 35, 35): 1 x 1, 5 x 5, twice 3 x 3, and the mean of 3 x 3."""
+
     def __init__(self, in_channels, pool_features):
         super().__init__()
         self.branch1x1 = BasicConv2d(in_channels, 64, 1)
@@ -88,6 +90,8 @@ class InceptionA(nn.Module):
 
 
 class InceptionB(nn.Module):
+    """(N, C, 35, 35) -> (N, 480 + C, 17, 17): 3 x 3, twice 3 x 3, and the maximum of 3 x 3, at every second place."""
+
     def __init__(self, in_channels):
         super().__init__()
         self.branch3x3 = BasicConv2d(in_channels, 384, 3, stride=2)
@@ -103,6 +107,8 @@ class InceptionB(nn.Module):
 
 
 class InceptionC(nn.Module):
+    """(N, C, 17, 17) -> (N, 768, 17, 17): 1 x 1, 7 x 7 and twice 7 x 7 as rows and columns, and the mean of 3 x 3."""
+
     def __init__(self, in_channels, width):
         super().__init__()
         row, column = dict(kernel_size=(1, 7), padding=(0, 3)), dict(kernel_size=(7, 1), padding=(3, 0))
@@ -127,6 +133,8 @@ class InceptionC(nn.Module):
 
 
 class InceptionD(nn.Module):
+    """(N, C, 17, 17) -> (N, 512 + C, 8, 8): 3 x 3, 7 x 7 and 3 x 3, and the maximum of 3 x 3, at every second place."""
+
     def __init__(self, in_channels):
         super().__init__()
         self.branch3x3_1 = BasicConv2d(in_channels, 192, 1)
@@ -144,7 +152,8 @@ class InceptionD(nn.Module):
 
 
 class InceptionE(nn.Module):
-    """`pool`: "avg" as in the paper, or "max", as the last block of the published network has it."""
+    """(N, C, 8, 8) -> (N, 2048, 8, 8): 1 x 1, 3 x 3 and twice 3 x 3 as rows beside columns, and a pool of 3 x 3: "avg", or
+    "max", as the last block of the published network has it."""
 
     def __init__(self, in_channels, pool):
         super().__init__()
@@ -835,6 +844,7 @@ def run(cfg):
 
 
 def main():
+    """Read the flags and run; a mistake of the user ends in one line and exit status 2."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("samples", type=Path, help=".npz, .npy, folder or .zip of images")
     parser.add_argument("reference", type=Path, nargs="?", help="the same, or a .npz of statistics")

@@ -152,8 +152,8 @@ class InceptionD(nn.Module):
 
 
 class InceptionE(nn.Module):
-    """(N, C, 8, 8) -> (N, 2048, 8, 8): 1 x 1, 3 x 3 and twice 3 x 3 as rows beside columns, and a pool of 3 x 3: "avg", or
-    "max", as the last block of the published network has it."""
+    """(N, C, 8, 8) -> (N, 2048, 8, 8): 1 x 1, 3 x 3 and twice 3 x 3 as rows beside columns, and a pool of 3 x 3: "avg",
+    or "max", as the last block of the published network has it."""
 
     def __init__(self, in_channels, pool):
         super().__init__()

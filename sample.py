@@ -99,8 +99,8 @@ def to_uint8(x):
 
 
 def to_float(images, device):
-    """uint8 images -> float32 in [-1, 1]."""
-    return images.to(device, non_blocking=True).float() / 127.5 - 1
+    """uint8 images -> floats in [-1, 1]."""
+    return images.to(device, non_blocking=True).to(torch.get_default_dtype()) / 127.5 - 1
 
 
 def sheet(columns, scale=2, gap=2, legend=None):

@@ -19,26 +19,36 @@ their checkpoint. Randomness is a function of (seed, step) or (seed, epoch, inde
 """
 import argparse
 import contextlib
+import copy
 import dataclasses
+import functools
 import io
 import json
 import math
 import os
+import resource
+import shlex
 import signal
 import subprocess
 import sys
 import time
+import warnings
+import weakref
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch.nn.parallel import DistributedDataParallel as DDP
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import align
@@ -51,6 +61,34 @@ from vae import atomic_file, load_weights, save_safetensors
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Settings
+
+
+# Rows of the paper's tables: (model, steps). All else that it says of them is IMAGENET["sit"] and ["dit"], the official
+# settings of SiT and DiT, which the paper does not change. Rows with guidance are these, sampled with it.
+PRESETS = {
+    "imagenet": (None, None),
+    "dit-b-2-400k": ("DiT-B/2", 400_000),
+    "sit-b-2-400k": ("SiT-B/2", 400_000), "sit-b-2-1m": ("SiT-B/2", 1_000_000), "sit-b-2-4m": ("SiT-B/2", 4_000_000),
+    "sit-l-2-400k": ("SiT-L/2", 400_000),
+    "sit-xl-2-400k": ("SiT-XL/2", 400_000), "sit-xl-2-2m": ("SiT-XL/2", 2_000_000),
+    "sit-xl-2-7m": ("SiT-XL/2", 7_000_000),
+}
+
+# The paper does not tell how its autoencoder is trained. This is our choice, after the trainings of Stable Diffusion's
+# autoencoder and of VA-VAE; nobody has measured it at this size yet.
+AUTOENCODER_256 = dict(
+    steps=200_000, batch_size=64, lr=1e-4, weight_decay=0.0, layers_per_block=2, norm_groups=32, perceptual_weight=1.0,
+    disc_weight=0.5, disc_start=20_000, held_out=1024, statistics=50_000)
+DIFFUSION_256 = dict(steps=400_000, batch_size=256, lr=1e-4, weight_decay=0.0, ema=0.9999)
+IMAGENET = {
+    "all": dict(image_size=256, channels=(128, 256, 512, 512), latent_channels=4, workers=8, warmup=0, decay=1.0,
+                log_every=100, save_every=5000, sample_every=10_000),
+    "vae": AUTOENCODER_256,
+    "align": dict(AUTOENCODER_256, teacher="dinov2_vitb14", align_weight=0.5, align_adaptive=True, align_hidden=2048),
+    "latents": dict(batch_size=32),
+    "sit": dict(DIFFUSION_256, model="SiT-XL/2"),
+    "dit": dict(DIFFUSION_256, model="DiT-XL/2"),
+}
 
 
 def flag(default, text, choices=None):
@@ -66,19 +104,30 @@ class Config:
     data: str = flag("scenes", "built-in scenes, or a folder or .zip with train/CLASS/* and test/CLASS/*, or CLASS/*")
     out: str = flag(None, "the run's folder (default: runs/ and the name of the data)")
     seed: int = flag(0, "of weights, noise and the order of the images")
+    preset: str = flag(None, "with --stage: settings for ImageNet at 256 px, of one of the paper's rows or in general; "
+                       "flags that are given too stand above it", tuple(PRESETS))
     image_size: int = flag(32, "pixels a side")
     scenes: int = flag(20000, "built-in scenes to train on; a tenth as many are held out")
     workers: int = flag(0, "processes that load images, for every training process")
+    max_bad: int = flag(0, "images that cannot be read, to pass over: the next one stands in; one more stops the run")
     steps: int = flag(None, "optimiser steps")
     batch_size: int = flag(None, "images a step, on all processes together")
-    lr: float = flag(None, "peak of the learning rate")
+    lr: float = flag(None, "peak of the learning rate of AdamW")
     warmup: int = flag(50, "steps of linear warm-up")
     decay: float = flag(0.05, "share of lr at the end of its cosine; 1 keeps it")
+    weight_decay: float = flag(None, "of AdamW")
+    clip: float = flag(0.0, "largest norm of the gradient, of each optimiser; 0: no limit")
+    skip_nonfinite: int = flag(0, "steps whose loss or gradient is not finite, to pass over; one more stops the run")
     accumulate: int = flag(1, "autoencoder, sit, dit: parts of a batch that follow each other, to save memory")
-    precision: str = flag(None, "autoencoder, sit, dit: of the forward pass (default: bf16 on GPUs that have it)",
-                          ("fp32", "bf16"))
+    precision: str = flag(None, "of the forward pass of autoencoder, sit, dit; weights and optimiser are float32 "
+                          "(default: bf16 on GPUs that have it; no fp16: its loss would need scaling)",
+                          ("fp32", "tf32", "bf16"))
+    compile: bool = flag(False, "autoencoder, sit, dit: torch.compile")
     log_every: int = flag(25, "steps between lines of log.jsonl")
     save_every: int = flag(250, "steps between checkpoints, a multiple of log_every")
+    sample_every: int = flag(1000, "autoencoder, sit, dit: steps between pictures in OUT/STAGE/samples")
+    utilisation: float = flag(0.4, "share of a GPU's peak for which the plan tells the GPU hours")
+    dry_run: bool = flag(False, "print the plan, check data and weights, and end before any work")
     channels: tuple = flag((8, 32, 48), "autoencoder: channels of its levels, each at half the resolution of the last")
     layers_per_block: int = flag(1, "autoencoder: resnets a level")
     norm_groups: int = flag(8, "autoencoder: groups of its norms")
@@ -113,26 +162,27 @@ class Config:
     prediction: str = flag("velocity", "sit: what the model tells of a point on it", ("velocity", "noise", "score"))
     loss_weight: str = flag(None, "sit: of noise and score, to count errors of the velocity or of a bound on the "
                             "likelihood", ("velocity", "likelihood"))
+    label_dropout: float = flag(0.1, "sit, dit: share of labels that training drops, for guidance; 0: no guidance")
     ema: float = flag(0.997, "sit, dit: decay of the averaged weights")
     num_samples: int = flag(2000, "all stages: images to sample and to compare")
     cfg_scale: float = flag(1.5, "all stages: guidance of the second set of samples")
 
 
 DEFAULTS = {
-    "teacher": dict(steps=450, batch_size=64, lr=2e-3),
-    "evaluator": dict(steps=250, batch_size=64, lr=2e-3),
-    "heads": dict(steps=500, batch_size=64, lr=2e-3),
-    "vae": dict(steps=1400, batch_size=16, lr=3e-3),
-    "align": dict(steps=1400, batch_size=16, lr=3e-3),
+    "teacher": dict(steps=450, batch_size=64, lr=2e-3, weight_decay=0.05),
+    "evaluator": dict(steps=250, batch_size=64, lr=2e-3, weight_decay=0.05),
+    "heads": dict(steps=500, batch_size=64, lr=2e-3, weight_decay=0.01),
+    "vae": dict(steps=1400, batch_size=16, lr=3e-3, weight_decay=0.0),
+    "align": dict(steps=1400, batch_size=16, lr=3e-3, weight_decay=0.0),
     "latents": dict(batch_size=256),
-    "sit": dict(steps=2400, batch_size=64, lr=2e-3, model="SiT-Ti/2"),
-    "dit": dict(steps=2400, batch_size=64, lr=2e-3, model="DiT-Ti/2"),
+    "sit": dict(steps=2400, batch_size=64, lr=2e-3, weight_decay=0.0, model="SiT-Ti/2"),
+    "dit": dict(steps=2400, batch_size=64, lr=2e-3, weight_decay=0.0, model="DiT-Ti/2"),
     "report": dict(),
 }
 
 
 def parse_arguments(argv=None):
-    """argv -> Config, with the flags that were given and the defaults of Config for the others."""
+    """argv -> the settings that it gives, a dict."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for field in dataclasses.fields(Config):
         options = {"type": int, "nargs": "+"} if field.type is tuple else {"type": field.type}
@@ -140,20 +190,33 @@ def parse_arguments(argv=None):
         if field.metadata["choices"]:
             options["choices"] = field.metadata["choices"]
         name, text = field.name.replace("_", "-"), field.metadata["help"]
-        parser.add_argument(f"--{name}", default=field.default, help=text, **options)
-    cfg = Config(**vars(parser.parse_args(argv)))
-    cfg.channels, cfg.out = tuple(cfg.channels), cfg.out or f"runs/{Path(cfg.data).stem}"
-    return cfg
+        parser.add_argument(f"--{name}", default=argparse.SUPPRESS, help=text.replace("%", "%%"), **options)
+    return vars(parser.parse_args(argv))
 
 
-def resolve(cfg, stage):
-    """A copy of cfg for one stage, with the stage's defaults. Stops at values that cannot be."""
-    cfg = dataclasses.replace(cfg, stage=stage, **{k: v for k, v in DEFAULTS[stage].items() if getattr(cfg, k) is None})
-    least = dict(seed=0, workers=0, warmup=0, scenes=20, num_samples=2)
+def resolve(given, stage):
+    """The settings of one stage: those given, else those of the preset, else the stage's defaults, else Config's.
+    Stops at values that cannot be."""
+    values = dict(DEFAULTS[stage])
+    if "preset" in given:
+        model, steps = PRESETS[given["preset"]]
+        values.update(IMAGENET["all"], **IMAGENET.get(stage, {}))
+        if model and stage in ("sit", "dit"):
+            if stage != model[:3].lower():
+                stop(f"--preset {given['preset']} trains a {model[:3]}: give --stage {model[:3].lower()}")
+            values.update(model=model, steps=steps)
+    cfg = Config(**{**values, **given, "stage": stage})
+    cfg = dataclasses.replace(cfg, channels=tuple(cfg.channels), out=cfg.out or f"runs/{Path(cfg.data).stem}")
+    least = dict(seed=0, workers=0, warmup=0, scenes=20, num_samples=2, max_bad=0, skip_nonfinite=0)
     for field in dataclasses.fields(cfg):
-        value = getattr(cfg, field.name)
+        value, name = getattr(cfg, field.name), field.name.replace("_", "-")
         if field.type is int and field.name != "disc_start" and value is not None and value < least.get(field.name, 1):
-            stop(f"--{field.name.replace('_', '-')} {value}: want at least {least.get(field.name, 1)}")
+            stop(f"--{name} {value}: want at least {least.get(field.name, 1)}")
+        if field.type is float and value is not None and not 0 <= value < math.inf:
+            stop(f"--{name} {value}: want a number that is not negative")
+    for name in ("decay", "ema", "label_dropout", "utilisation"):
+        if getattr(cfg, name) > 1:
+            stop(f"--{name.replace('_', '-')} {getattr(cfg, name)}: want a share, at most 1")
     if cfg.precision is None:
         bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
         cfg = dataclasses.replace(cfg, precision="bf16" if bf16 else "fp32")
@@ -245,7 +308,7 @@ def draw_solid(label, u, size):
 
     # rays: the camera looks down by `pitch` at a point above the ground, five units away
     pitch = draw(0.2, 0.34)
-    pixel = (torch.arange(size) + 0.5) / size * 2 - 1
+    pixel = (torch.arange(size, dtype=torch.float32) + 0.5) / size * 2 - 1
     a, b = 0.27 * pixel.repeat(size)[None], -0.27 * pixel.repeat_interleave(size)[None]
     norm = (a * a + b * b + 1).rsqrt()
     dx, dy, dz = a * norm, (b * pitch.cos() - pitch.sin()) * norm, -(pitch.cos() + b * pitch.sin()) * norm
@@ -315,7 +378,7 @@ def draw_scenes(seed, index, size=32):
     u, labels = scene_numbers(seed, index, 24), torch.from_numpy(index % 10)
     images = torch.empty(len(index), 3, size, size, dtype=torch.uint8)
     segments = torch.empty(len(index), size, size, dtype=torch.uint8)
-    depth = torch.empty(len(index), size, size)
+    depth = torch.empty(len(index), size, size, dtype=torch.float32)
     for label in labels.unique().tolist():
         rows = torch.nonzero(labels == label).flatten()
         image, segment, distance = draw_solid(label, u[rows], size)
@@ -349,6 +412,7 @@ class Scenes:
 # ---------------------------------------------------------------------------------------------------------------------
 # Images from disk
 
+warnings.filterwarnings("ignore", module="PIL")                                  # of odd EXIF and large images
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")      # as in torchvision
 
 
@@ -366,11 +430,30 @@ def center_crop(image, size):
     return np.array(image)[top:top + size, left:left + size]
 
 
+def read_rgb(file):
+    """An image file -> RGB PIL image. Turned upright where EXIF tells how; the first picture of an animation; grey,
+    palette and CMYK as Pillow converts them; transparent pixels before white; 16 bits to 8 by rounding. Raises for
+    float pixels, and for more than 179 million pixels, which Pillow takes for an attack."""
+    with Image.open(file) as image:
+        if image.mode == "F":
+            raise ValueError("its pixels are floats, of unknown range")
+        ImageOps.exif_transpose(image, in_place=True)
+        if image.mode.startswith("I"):
+            grey = np.asarray(image)
+            if grey.min() < 0 or grey.max() > 65535:
+                raise ValueError("its pixels have more than 16 bits")
+            image = Image.fromarray((grey / 257).round().astype(np.uint8))       # 65535 = 257 x 255
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return image.convert("RGB")
+
+
 def read_image(path, size):
     """One image file -> (size, size, 3) uint8. Raises DataError where it cannot be read."""
     try:
-        return center_crop(Image.open(path).convert("RGB"), size)
-    except OSError as error:
+        return center_crop(read_rgb(path), size)
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
         raise DataError(f"{path} cannot be read ({error}): mend or remove it") from None
 
 
@@ -378,13 +461,16 @@ class ImageFolder:
     """Images of a folder or .zip: train/CLASS/* and test/CLASS/*, or CLASS/* of which every 20th image is the test set.
     `split` is "train", "test" or "all".
 
-    Classes are numbered in sorted order, as torchvision does. Raises DataError for what cannot be used.
+    Classes are numbered in sorted order, as torchvision does. For an image that cannot be read the next one in order
+    stands in, with its label, for up to `max_bad` images, which the file `bad` lists. Raises DataError for more of
+    them, and for what cannot be used at all.
     """
 
     flip = True
 
-    def __init__(self, path, split, size):
+    def __init__(self, path, split, size, max_bad=0, bad=None):
         self.path, self.size, self.zip, self.pid = Path(path), size, None, None
+        self.max_bad, self.bad = max_bad, bad
         if not self.path.is_dir() and not zipfile.is_zipfile(self.path):
             raise DataError(f"--data {path} is no folder and no .zip: give one with a folder of images for every class")
         if self.path.is_dir():
@@ -419,10 +505,22 @@ class ImageFolder:
         if not splits and split != "all":
             held_out = set(range(0, len(self.files), 20))
             self.files = [f for i, f in enumerate(self.files) if (i in held_out) == (split == "test")]
-        self.labels = torch.tensor([label for _, label in self.files])
 
     def __len__(self):
         return len(self.files)
+
+    @property
+    def labels(self):
+        """(images,) labels of what __getitems__ gives, as far as it is known which images cannot be read."""
+        bad, labels = self.bad_names(), [label for _, label in self.files]
+        for i in range(2 * len(labels) - 1, -1, -1):                             # twice: the first follows the last
+            if self.files[i % len(labels)][0] in bad:
+                labels[i % len(labels)] = labels[(i + 1) % len(labels)]
+        return torch.tensor(labels)
+
+    def bad_names(self):
+        """Names of the images found bad so far, by any process of this run or of one before."""
+        return set(self.bad.read_text().splitlines()) if self.max_bad and self.bad.is_file() else set()
 
     def read(self, name):
         if self.path.is_dir():
@@ -431,15 +529,28 @@ class ImageFolder:
             self.zip, self.pid = zipfile.ZipFile(self.path), os.getpid()
         return self.zip.read(name)
 
+    def image(self, index):
+        """Image (size, size, 3) uint8 and label of a file, or of the next that can be read."""
+        for i in range(index, index + len(self.files)):
+            name, label = self.files[i % len(self.files)]
+            try:
+                return center_crop(read_rgb(io.BytesIO(self.read(name))), self.size), label
+            except Exception as error:                                           # Pillow and zipfile raise many kinds
+                said, bad = f"{self.path}: {name} cannot be read ({error})", self.bad_names()
+            if name not in bad and len(bad) >= self.max_bad:
+                raise DataError(f"{said}: mend or remove it, or pass over more than --max-bad {self.max_bad}")
+            if name not in bad:
+                print(f"{said}: passed over, number {len(bad) + 1}", file=sys.stderr)
+                self.bad.parent.mkdir(parents=True, exist_ok=True)
+                with open(self.bad, "a") as file:
+                    file.write(name + "\n")
+        raise DataError(f"{self.path}: none of the images can be read: mend them")
+
     def __getitems__(self, keys):
         """keys: list of (index, flip) -> images (N, 3, size, size) uint8, labels (N,)."""
         images, labels = [], []
         for index, flip in keys:
-            name, label = self.files[index]
-            try:
-                image = center_crop(Image.open(io.BytesIO(self.read(name))).convert("RGB"), self.size)
-            except Exception as error:                                           # Pillow and zipfile raise many kinds
-                raise DataError(f"{self.path}: {name} cannot be read ({error}): mend or remove it") from None
+            image, label = self.image(index)
             images.append(image[:, ::-1] if flip else image)
             labels.append(label)
         return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous(), torch.tensor(labels)
@@ -451,7 +562,7 @@ def open_data(cfg, split):
         if split == "all":
             raise DataError("built-in scenes have the splits train and test: take one of them")
         return Scenes(split, cfg.scenes if split == "train" else max(1, cfg.scenes // 10), cfg.image_size)
-    return ImageFolder(cfg.data, split, cfg.image_size)
+    return ImageFolder(cfg.data, split, cfg.image_size, cfg.max_bad, Path(cfg.out or ".") / f"unreadable-{split}.txt")
 
 
 class StepSampler:
@@ -578,30 +689,137 @@ def read_settings(folder):
     return json.loads(path.read_text())
 
 
-OPTIMISER = ("lr", "warmup", "decay")                                            # settings of a stage that trains
+OPTIMISER = ("lr", "warmup", "decay", "weight_decay", "clip")                    # settings of a stage that trains
 FORWARD = ("accumulate", "precision")
 AUTOENCODER = ("channels", "layers_per_block", "norm_groups", "latent_channels")
 
 
-class Run:
-    """A training run in a folder: resumes from its last good checkpoint, sets the learning rate, averages and writes
-    the log. SIGTERM lets it finish the step, save and exit with status 143; the same command goes on from there.
+def megabytes(size):
+    """Bytes as text."""
+    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB" if size >= 1e5 else f"{size / 1e3:.1f} kB"
 
-        run = Run(cfg, folder, settings, net=net, opt=opt)          modules and optimisers that a checkpoint holds
-        for step, batch in run.steps(data):
-            ...                                           one optimiser step
-            run.log(loss=loss)                            scalars without gradient; averaged over steps and processes
+
+def on_meta(module):
+    """A copy of a module on the meta device, where tensors have shapes but no numbers: it costs nothing."""
+    empty = {id(p): nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad) for p in module.parameters()}
+    empty.update({id(b): torch.empty_like(b, device="meta") for b in module.buffers()})
+    return copy.deepcopy(module, empty)                                          # what is in the memo is not copied
+
+
+class MemoryCount(TorchDispatchMode):
+    """Bytes of the tensors made inside, and the most of them alive at once."""
+
+    def __init__(self):
+        super().__init__()
+        self.now, self.most, self.seen = 0, 0, weakref.WeakSet()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for x in tree_leaves(result):
+            storage = x.untyped_storage() if torch.is_tensor(x) else None
+            if storage is not None and storage not in self.seen:
+                self.seen.add(storage)
+                weakref.finalize(storage, self.free, storage.nbytes())
+                self.now += storage.nbytes()
+                self.most = max(self.most, self.now)
+        return result
+
+    def free(self, size):
+        self.now -= size
+
+
+# matrix products a second, dense, by the makers' data sheets
+PEAKS = {"H100 80GB HBM3": dict(bf16=989e12, tf32=494e12, fp32=67e12),
+         "H200": dict(bf16=989e12, tf32=494e12, fp32=67e12), "A100": dict(bf16=312e12, tf32=156e12, fp32=19.5e12)}
+
+
+def peak_flops(precision):
+    """FLOPs a second of this process' device: of its data sheet, else measured by the fastest of ten products."""
+    device = device_of_process()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    for known, peaks in PEAKS.items():
+        if known in name:
+            return peaks[precision]
+    size, dtype = (8192 if device.type == "cuda" else 512), torch.bfloat16 if precision == "bf16" else torch.float32
+    x, seconds = torch.ones(size, size, device=device, dtype=dtype), []
+    for _ in range(10):
+        start = time.perf_counter()
+        (x @ x)[0, 0].item()
+        seconds.append(time.perf_counter() - start)
+    return 2 * size ** 3 / min(seconds)
+
+
+class Plan:
+    """What a training stage will do: its length, and FLOPs and memory of a step, counted on the meta device.
+
+    `nets` are the modules whose gradients `step` computes; step(rows) does the forward and backward passes of some
+    images there. `averaged` tells whether there is an average of the weights too.
     """
 
-    def __init__(self, cfg, folder, settings, **parts):
+    def __init__(self, cfg, data, name, nets, step, tokens=0, averaged=False):
+        self.cfg, self.images, self.name, self.tokens = cfg, len(data), name, tokens
+        self.parameters = sum(p.numel() for net in nets for p in net.parameters() if p.requires_grad)
+        rows = cfg.batch_size // process()[2] // cfg.accumulate
+        with FlopCounterMode(display=False) as count:
+            step(rows)
+        self.flops = count.get_total_flops() / rows                              # an image
+        with MemoryCount() as memory:
+            step(rows)
+        weights = 4 * self.parameters
+        held = memory.most // 2 if cfg.precision == "bf16" else memory.most
+        self.memory = {"weights": weights, "gradients": weights, "Adam": 2 * weights, "average": weights * averaged,
+                       "activations": max(held - weights, 0)}                    # gradients come when these go
+        self.peak = peak_flops(cfg.precision)
+
+    def print(self, folder):
+        """The plan on the terminal, by rank 0, unless the chain has started this stage."""
+        cfg = self.cfg
+        if process()[0] == 0 and "REALS_PARENT" not in os.environ:
+            share = cfg.batch_size // process()[2] // cfg.accumulate
+            images = cfg.steps * cfg.batch_size
+            flops = images * self.flops
+            hours = ", ".join(f"{flops / peaks['bf16'] / cfg.utilisation / 3600:,.1f} on {name.split()[0]}"
+                              for name, peaks in PEAKS.items() if name != "H200")
+            tokens = f", {images * self.tokens:,} tokens" if self.tokens else ""
+            memory = ", ".join(f"{megabytes(size)} {name}" for name, size in self.memory.items() if size)
+            print(f"stage {cfg.stage} in {folder}: {self.name}, {self.parameters / 1e6:,.1f} M parameters, "
+                  f"{cfg.precision}\n"
+                  f"  data    {cfg.data}: {self.images:,} images\n"
+                  f"  batch   {cfg.batch_size} = {process()[2]} processes x {cfg.accumulate} parts x {share} images\n"
+                  f"  length  {cfg.steps:,} steps, {images:,} images ({images / self.images:,.1f} epochs){tokens}, "
+                  f"{flops:.3g} FLOPs ({self.flops / 1e9:,.3g} G an image)\n"
+                  f"  time    GPU hours at {cfg.utilisation:.0%} of the bf16 peak: {hours}\n"
+                  f"  memory  about {megabytes(sum(self.memory.values()))} a process: {memory}\n"
+                  f"  writes  its weights, config.json, checkpoint.pt, log.jsonl, curves.png, samples/", flush=True)
+
+
+class Run:
+    """A training run in a folder: resumes from its last good checkpoint, sets the learning rate, takes the optimisers'
+    steps and writes the log. SIGTERM lets it finish the step, save and exit with status 143; the same command goes on
+    from there. With --dry-run it ends before it begins.
+
+        run = Run(cfg, folder, settings, plan, net=net, opt=opt)    modules and optimisers that a checkpoint holds
+        for step, batch in run.steps(data):
+            ...                                           forward, backward
+            run.log(loss=loss)                            scalars without gradient; averaged over steps and processes
+            run.optimise(opt)                             its gradients, clipped; nothing where they are not finite
+        run.summary()
+    """
+
+    def __init__(self, cfg, folder, settings, plan, **parts):
+        if cfg.dry_run:                                                          # data and weights are there
+            sys.exit(0)
         write_settings(folder, settings)
-        self.cfg, self.folder, self.parts, self.step, self.sums = cfg, folder, parts, 0, {}
-        self.terminated = False
+        self.cfg, self.folder, self.parts, self.plan, self.step = cfg, folder, parts, plan, 0
+        self.scalars = {}                                                        # of this step: name -> [values]
+        self.pending = []                                            # since the last line: (step, {name: value})
+        self.nonfinite, self.terminated, self.paused, self.last = 0, False, 0.0, {}
         # signals do not come to all processes at the same step; a group on the CPU lets them agree without the GPU
         self.group = dist.new_group(backend="gloo") if process()[2] > 1 else None
         state = self.last_checkpoint()
         if state:
-            self.step, self.sums = state["step"], state["sums"][process()[0]]
+            self.step, self.nonfinite = state["step"], state["nonfinite"]
+            self.pending = state["pending"][process()[0]]
             for name, part in parts.items():
                 part.load_state_dict(state[name])
         if process()[0] == 0:                                                    # lines after the checkpoint come again
@@ -641,24 +859,40 @@ class Run:
         optimisers = [part for part in self.parts.values() if isinstance(part, torch.optim.Optimizer)]
         before = signal.signal(signal.SIGTERM, lambda *_: setattr(self, "terminated", True))
         with progress(cfg.steps, f"{cfg.stage} {cfg.out}", "step", self.step) as bar:
-            start, first = time.time(), self.step
-            for batch in batches:
+            since, first, waited, self.paused = time.perf_counter(), self.step, 0.0, 0.0
+            while self.step < cfg.steps:
+                asked = time.perf_counter()
+                batch = next(batches)
+                waited += time.perf_counter() - asked
                 for optimiser in optimisers:
                     for group in optimiser.param_groups:
                         group["lr"] = self.learning_rate()
                 yield self.step, batch
                 self.step += 1
+                self.pending.append((self.step, {n: sum(v) / len(v) for n, v in self.scalars.items()}))
+                self.scalars = {}
                 if os.getppid() != int(os.environ.get("REALS_PARENT", os.getppid())):
                     sys.exit("the chain was killed: its stages end too, so that it can be started again")
                 bar.update()
-                if self.step % cfg.log_every == 0 or self.step == cfg.steps:
-                    self.write_log(bar, (self.step - first) / (time.time() - start))
-                stopping = self.asked_to_stop()
-                if self.step % cfg.save_every == 0 or self.step == cfg.steps or stopping:
+                stopping, end = self.asked_to_stop(), self.step == cfg.steps
+                if self.step % cfg.log_every == 0 or end:
+                    means = self.means()                                         # waits for the device
+                    seconds = time.perf_counter() - since - self.paused
+                    self.write_log(bar, means, seconds, self.step - first, waited / seconds)
+                if self.step % cfg.save_every == 0 or end or stopping:
                     self.save()
                 if stopping:
                     sys.exit(143)
+                if not self.pending:
+                    since, first, waited, self.paused = time.perf_counter(), self.step, 0.0, 0.0
         signal.signal(signal.SIGTERM, before)
+
+    @contextlib.contextmanager
+    def pause(self):
+        """Time spent in here, on pictures and measurements, does not count in the log's rates."""
+        start = time.perf_counter()
+        yield
+        self.paused += time.perf_counter() - start
 
     def asked_to_stop(self):
         """Whether SIGTERM has come to any of the processes."""
@@ -669,41 +903,89 @@ class Run:
         return terminated.item() > 0
 
     def log(self, **scalars):
-        """Add scalars to the averages of the next line. Tensors stay on the device: no synchronisation here."""
+        """Add scalars to the step's averages. Tensors stay on the device: no synchronisation here."""
         for name, value in scalars.items():
-            total, count = self.sums.get(name, (0, 0))
-            self.sums[name] = total + value, count + 1
+            self.scalars.setdefault(name, []).append(torch.as_tensor(value, dtype=torch.float32))
 
-    def write_log(self, bar, rate):
-        """One line of log.jsonl: means since the last line. Stops at a loss that is not finite."""
-        means = torch.stack([torch.as_tensor(total, dtype=torch.float64, device=device_of_process()) / count
-                             for total, count in self.sums.values()])
-        if process()[2] > 1:
-            dist.all_reduce(means)
-            means /= process()[2]
-        line = dict(zip(self.sums, means.tolist()))
-        self.sums = {}
-        bar.set_postfix({name: f"{value:.4g}" for name, value in list(line.items())[:3]})
-        if not all(math.isfinite(value) for value in line.values()):
-            stop(f"step {self.step}: not finite: {line}; the last good checkpoint is {self.folder}/checkpoint.pt")
+    def optimise(self, opt, name="gradient"):
+        """One step of an optimiser with the gradients that are there, clipped; their norm goes to the log. Where it is
+        not finite the optimiser's own kernel does nothing, so that nobody has to wait for the device to know."""
+        parameters = [p for group in opt.param_groups for p in group["params"] if p.grad is not None]
+        norm = nn.utils.get_total_norm([p.grad for p in parameters])
+        if self.cfg.clip:
+            nn.utils.clip_grads_with_norm_(parameters, self.cfg.clip, norm)
+        opt.grad_scale, opt.found_inf = None, (~norm.isfinite()).float()         # as GradScaler tells a fused optimiser
+        opt.step()
+        self.log(**{name: norm})
+
+    def means(self):
+        """Means since the last line, over all processes, of steps that were finite. Stops where more than
+        --skip-nonfinite were not, and names the first."""
+        values = [value for _, scalars in self.pending for value in scalars.values()]
+        values = iter(torch.stack([v.to(device_of_process()) for v in values]).tolist())      # the only wait
+        steps = [(step, {name: next(values) for name in scalars}) for step, scalars in self.pending]
+        wrong = [(step, scalars) for step, scalars in steps if not all(map(math.isfinite, scalars.values()))]
+        sums = {}
+        for _, scalars in steps:
+            for name in scalars:
+                sums.setdefault(name, [0.0, 0])
+        for scalars in (scalars for step in steps if step not in wrong for scalars in step[1:]):
+            for name, value in scalars.items():
+                sums[name] = [sums[name][0] + value, sums[name][1] + 1]
+        if self.group is not None:
+            every = [None] * process()[2]
+            dist.all_gather_object(every, (sums, wrong), group=self.group)
+            sums = {name: [sum(part[name][i] for part, _ in every) for i in (0, 1)] for name in sums}
+            wrong = max((part for _, part in every), key=len)
+        self.pending, self.nonfinite = [], self.nonfinite + len(wrong)
+        if wrong:
+            step, path = wrong[0][0], self.folder / "checkpoint.pt"
+            said = ", ".join(f"{name} {value:.4g}" for name, value in wrong[0][1].items())
+            text = f"{self.cfg.stage} {self.cfg.out}: step {step} is not finite: {said}"
+            if self.nonfinite > self.cfg.skip_nonfinite:
+                good = f"the last good checkpoint is {path}" if path.is_file() else "there is no checkpoint yet"
+                stop(f"{text}; {good}; try a smaller --lr, --clip 1 or --precision fp32; --skip-nonfinite "
+                     f"{self.cfg.skip_nonfinite} was the limit")
+            if process()[0] == 0:
+                print(f"{text}; passed over, {self.nonfinite} so far", file=sys.stderr)
+        return {name: total / count for name, (total, count) in sums.items() if count}
+
+    def write_log(self, bar, means, seconds, steps, waited):
+        """One line of log.jsonl: means of the steps since the last one, and how fast they were."""
+        bar.set_postfix({name: f"{value:.4g}" for name, value in list(means.items())[:3]})
         if process()[0] == 0:
-            images_per_second = rate * self.cfg.batch_size
-            line = {"step": self.step, **line, "lr": self.learning_rate(), "images_per_second": images_per_second}
+            device, rate = device_of_process(), steps * self.cfg.batch_size / seconds
+            memory = (torch.cuda.max_memory_allocated(device) if device.type == "cuda"
+                      else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+            peak = self.plan.peak * process()[2]
+            self.last = {"step": self.step, **means, "lr": self.learning_rate(), "seconds_per_step": seconds / steps,
+                         "images_per_second": rate, "data_wait": waited, "peak_memory_gib": memory / 2 ** 30,
+                         "model_flops_utilisation": rate * self.plan.flops / peak}
             with open(self.folder / "log.jsonl", "a") as file:
-                file.write(json.dumps(line) + "\n")
+                file.write(json.dumps(self.last) + "\n")
+
+    def summary(self):
+        """One line that names every output, once the stage has written them all."""
+        if process()[0] == 0:
+            last = {**(self.lines() or [{}])[-1], **self.last}
+            figures = ", ".join(f"{k} {v:.4g}" for k, v in last.items() if k not in SPEED and k not in ("step", "lr"))
+            files = sorted(p for p in self.folder.rglob("*") if p.is_file() and not p.name.startswith("."))
+            names = ", ".join(f"{p.relative_to(self.folder)} ({megabytes(p.stat().st_size)})" for p in files)
+            print(f"{self.folder} is done, {self.step} steps: {figures}. It holds {names}")
 
     def save(self):
         """checkpoint.pt and curves.png, by rank 0; the checkpoint before becomes previous.pt."""
-        sums = [self.sums]                                                       # between two lines of the log
-        if self.group is not None:
-            sums = [None] * process()[2]
-            dist.all_gather_object(sums, self.sums, group=self.group)
+        pending = [[(step, {n: v.cpu() for n, v in scalars.items()}) for step, scalars in self.pending]]
+        if self.group is not None:                                               # asked to stop between two lines
+            gathered = [None] * process()[2]
+            dist.all_gather_object(gathered, pending[0], group=self.group)
+            pending = gathered
         if process()[0] == 0:
             path = self.folder / "checkpoint.pt"
             state = {name: part.state_dict() for name, part in self.parts.items()}
             try:
                 with atomic_file(path) as file:
-                    torch.save({"step": self.step, "sums": sums, **state}, file)
+                    torch.save({"step": self.step, "pending": pending, "nonfinite": self.nonfinite, **state}, file)
                     if path.is_file():
                         os.replace(path, self.folder / "previous.pt")
             except (OSError, RuntimeError) as error:                             # torch wraps what its writer meets
@@ -712,7 +994,7 @@ class Run:
                      "from the one before")
             lines, run = self.lines(), self.folder.parent.name
             panels = {name: {run: [(line["step"], line[name]) for line in lines if name in line]}
-                      for name in (lines[-1] if lines else ()) if name not in ("step", "lr", "images_per_second")}
+                      for name in (lines[-1] if lines else ()) if name not in ("step", "lr", *SPEED)}
             if panels:
                 save_picture(plot(panels), self.folder / "curves.png")
         barrier()
@@ -727,7 +1009,9 @@ def finished(folder, name):
     return False
 
 
-LOGARITHMIC = ("mse", "l1", "kl", "lpips", "loss", "class_loss", "segment_loss", "depth_loss", "align")
+SPEED = ("seconds_per_step", "images_per_second", "data_wait", "peak_memory_gib", "model_flops_utilisation")
+LOGARITHMIC = ("mse", "l1", "kl", "lpips", "loss", "class_loss", "segment_loss", "depth_loss", "align", "gradient",
+               "discriminator_gradient")
 
 
 def plot(panels, size=(300, 200), per_row=3):
@@ -884,16 +1168,24 @@ def train_classifier(cfg):
     else:
         net = Evaluator(len(data.classes)).to(device)
     model = DDP(net) if process()[2] > 1 else net
-    opt = torch.optim.AdamW(net.parameters(), lr=cfg.lr, weight_decay=0.05)
-    run = Run(cfg, folder, settings, net=net, opt=opt)
+    opt = torch.optim.AdamW(net.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
+    shape = on_meta(net)
+
+    def count(rows):
+        sum(part.sum() for part in shape(torch.empty(rows, 3, cfg.image_size, cfg.image_size, device="meta"))
+            if part is not None).backward()
+
+    plan = Plan(cfg, data, type(net).__name__, [shape], count)
+    plan.print(folder)
+    run = Run(cfg, folder, settings, plan, net=net, opt=opt)
     for step, (images, labels, *dense) in run.steps(data):
-        x, labels, rng = to_float(images, device), labels.to(device), Draws(cfg, step, device)
+        x, labels, rng = to_float(images, device), labels.to(device, non_blocking=True), Draws(cfg, step, device)
         if cfg.stage == "teacher":
             logits, segments, depth = model(x)
             loss = F.cross_entropy(logits, labels)
             parts = {"class_loss": loss.detach()}
             if dense:
-                more, dense_parts = dense_loss(segments, depth, *(part.to(device) for part in dense))
+                more, dense_parts = dense_loss(segments, depth, *(p.to(device, non_blocking=True) for p in dense))
                 loss = loss + more
                 parts.update(dense_parts)
         else:
@@ -902,8 +1194,8 @@ def train_classifier(cfg):
             parts = {"class_loss": loss.detach()}
         opt.zero_grad()
         loss.backward()
-        opt.step()
         run.log(**parts, accuracy=(logits.argmax(1) == labels).float().mean())
+        run.optimise(opt)
     if process()[0] == 0:
         if cfg.stage == "teacher":
             write_json(net.config, folder / "config.json")
@@ -912,31 +1204,39 @@ def train_classifier(cfg):
             save_safetensors(net.dinov2.state_dict(), folder / weights)
         else:
             save_safetensors(net.state_dict(), folder / weights)
+    run.summary()
+
+
+def teacher_on_meta(name):
+    """The teacher's network without its weights: a published DINOv2, or the folder that stage teacher wrote."""
+    if name in align.DINOV2:
+        config = align.DINOV2[name][0]
+    else:
+        folder = Path(name)
+        if not (folder / "dinov2.safetensors").is_file():
+            stop(f"{folder}/dinov2.safetensors not found: run train.py --stage teacher --out {folder.parent} first, "
+                 "or give --teacher a folder or a published name")
+        config = json.loads((folder / "config.json").read_text())
+    with torch.device("meta"):
+        return align.DINOv2(**config).to("meta")
 
 
 def load_teacher(name):
     """The frozen teacher: a published DINOv2 by its name, or from the folder that stage teacher wrote."""
-    if name in align.DINOV2:
-        try:
-            return first_on_node(lambda: align.load_dinov2(name))
-        except (OSError, ValueError) as error:
-            stop(error)
-    folder = Path(name)
-    if not (folder / "dinov2.safetensors").is_file():
-        stop(f"{folder}/dinov2.safetensors not found: run train.py --stage teacher --out {folder.parent} first, "
-             "or give --teacher a folder or a published name")
-    teacher = align.DINOv2(**json.loads((folder / "config.json").read_text()))
     try:
-        vae.load_strict(teacher, load_weights(folder / "dinov2.safetensors"), folder / "dinov2.safetensors")
-    except ValueError as error:
+        if name in align.DINOV2:
+            return first_on_node(lambda: align.load_dinov2(name))
+        teacher, path = teacher_on_meta(name).to_empty(device="cpu"), Path(name) / "dinov2.safetensors"
+        vae.load_strict(teacher, load_weights(path), path)
+    except (OSError, ValueError) as error:
         stop(error)
     return teacher.eval().requires_grad_(False)
 
 
 def with_teacher(cfg):
-    """cfg with the defaults of its teacher, and the teacher on this process' device."""
+    """cfg with the defaults of its teacher, and the teacher on the meta device."""
     cfg = dataclasses.replace(cfg, teacher=cfg.teacher or str(Path(cfg.out) / "teacher"))
-    teacher = load_teacher(cfg.teacher).to(device_of_process())
+    teacher = teacher_on_meta(cfg.teacher)
     size = cfg.teacher_size or (224 if teacher.patch_size == 14 else cfg.image_size)
     cfg = dataclasses.replace(cfg, teacher_size=size)
     if cfg.teacher_size % teacher.patch_size:
@@ -1008,11 +1308,11 @@ class DenseFolder:
 
 def train_heads(cfg):
     """Stage heads."""
-    (cfg, teacher), device = with_teacher(cfg), device_of_process()
+    (cfg, teacher_shape), device = with_teacher(cfg), device_of_process()
     folder, settings = claim_folder(cfg, *OPTIMISER, "teacher", "teacher_size")
     if finished(folder, "heads.json"):
         return
-    scenes, size, width = cfg.data == "scenes", cfg.image_size, teacher.embed_dim
+    scenes, size, width = cfg.data == "scenes", cfg.image_size, teacher_shape.embed_dim
     data = open_data(cfg, "train") if scenes else DenseFolder(cfg.data, "train", size)
     classes = SEGMENTS if scenes else data.classes
     if scenes:
@@ -1025,19 +1325,31 @@ def train_heads(cfg):
     torch.manual_seed(cfg.seed)
     net = TaskHeads(config).to(device)
     model = DDP(net) if process()[2] > 1 else net
-    opt = torch.optim.AdamW(net.parameters(), lr=cfg.lr, weight_decay=0.01)
-    run = Run(cfg, folder, settings, net=net, opt=opt)
-    side = cfg.teacher_size // teacher.patch_size
+    opt = torch.optim.AdamW(net.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
+    side, shape = cfg.teacher_size // teacher_shape.patch_size, on_meta(net)
+
+    def read(teacher, model, x):
+        patch, cls = align.teacher_tokens(teacher, x, cfg.teacher_size)
+        return model(patch.transpose(1, 2).unflatten(2, (side, side)), cls, size)
+
+    def count(rows):
+        outputs = read(teacher_shape, shape, torch.empty(rows, 3, size, size, device="meta"))
+        sum(part.sum() for part in outputs if part is not None).backward()
+
+    plan = Plan(cfg, data, "heads", [shape], count)
+    plan.print(folder)
+    teacher = load_teacher(cfg.teacher).to(device)
+    run = Run(cfg, folder, settings, plan, net=net, opt=opt)
     for step, (images, _, masks, metres) in run.steps(data):
-        patch, cls = align.teacher_tokens(teacher, to_float(images, device), cfg.teacher_size)
-        logits, depth = model(patch.transpose(1, 2).unflatten(2, (side, side)), cls, size)
-        loss, parts = dense_loss(logits, depth, masks.to(device), metres.to(device))
+        logits, depth = read(teacher, model, to_float(images, device))
+        loss, parts = dense_loss(logits, depth, *(p.to(device, non_blocking=True) for p in (masks, metres)))
         opt.zero_grad()
         loss.backward()
-        opt.step()
         run.log(**parts)
+        run.optimise(opt)
     if process()[0] == 0:
         save_task_heads(net, config, classes, folder)
+    run.summary()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1066,32 +1378,49 @@ class WithTokens:
 
     def __getitems__(self, keys):
         index, flip = zip(*keys)
-        tokens = self.tokens[np.array(flip, dtype=int), np.array(index)].astype(np.float32)
-        return (*self.data.__getitems__(keys), torch.from_numpy(tokens))
+        tokens = torch.from_numpy(self.tokens[np.array(flip, dtype=int), np.array(index)])
+        return (*self.data.__getitems__(keys), tokens.to(torch.get_default_dtype()))
 
 
 @torch.no_grad()
 def encode_all(data, path, batch_size, description, encode):
     """Write encode(x) of all images x (N, 3, H, W) in [-1, 1] to path, a float16 array (flips, images, ...), unflipped
-    and, where the data is flipped in training, flipped. Processes write disjoint rows; the file gets its name last."""
+    and, where the data is flipped in training, flipped. Every process writes its share of the batches; a second file
+    tells which are on the disk, so that a killed run goes on from there. The file gets its name last."""
     (rank, _, world_size), device = process(), device_of_process()
-    temporary = path.with_name(f".{path.stem}.tmp.npy")
+    temporary, done_path = path.with_name(f".{path.stem}.tmp.npy"), path.with_name(f".{path.stem}.done.npy")
+    batches = [slice(start, start + batch_size) for start in range(0, len(data), batch_size)]
     shape = encode(to_float(data.__getitems__([(0, False)])[0], device)).shape[1:]
-    if rank == 0:
+    if rank == 0 and not (temporary.is_file() and done_path.is_file()):
+        done_path.unlink(missing_ok=True)
         np.lib.format.open_memmap(temporary, "w+", np.float16, (2 if data.flip else 1, len(data), *shape))
+        with atomic_file(done_path) as file:
+            np.save(file, np.zeros((2 if data.flip else 1, len(batches)), dtype=bool))
     barrier()
-    array, mine = np.load(temporary, mmap_mode="r+"), np.array_split(np.arange(len(data)), world_size)[rank]
-    with progress(len(array) * len(mine), description, "image") as bar:
-        for flip in range(len(array)):
-            for start in range(0, len(mine), batch_size):
-                rows = mine[start:start + batch_size]
-                images = data.__getitems__([(int(i), bool(flip)) for i in rows])[0]
-                array[flip, rows] = encode(to_float(images, device)).cpu().numpy()
-                bar.update(len(rows))
-    array.flush()
+    array, done = np.load(temporary, mmap_mode="r+"), np.load(done_path, mmap_mode="r+")
+    mine = [tuple(place) for place in np.argwhere(~done).tolist()][rank::world_size]
+    barrier()                                                                    # before anyone writes to `done`
+
+    def flush(places):
+        array.flush()                                                            # first what it tells, then what tells
+        for place in places:
+            done[place] = True
+        done.flush()
+
+    total = done.shape[0] * len(data) // world_size
+    with progress(total, description, "image", max(0, total - len(mine) * batch_size)) as bar:
+        for number, (flip, batch) in enumerate(mine):
+            rows = np.arange(len(data))[batches[batch]]
+            images = data.__getitems__([(int(i), bool(flip)) for i in rows])[0]
+            array[flip, rows] = encode(to_float(images, device)).cpu().numpy()
+            bar.update(len(rows))
+            if number % 16 == 15:
+                flush(mine[number - 15:number + 1])
+    flush(mine)
     barrier()
     if rank == 0:
         os.replace(temporary, path)
+        done_path.unlink()
     barrier()
 
 
@@ -1123,8 +1452,8 @@ def train_autoencoder(cfg):
     names = OPTIMISER + FORWARD + AUTOENCODER + (
         "init", "gradient_checkpointing", "pixel_loss", "kl_weight", "perceptual_weight", "disc_weight", "disc_start")
     if aligned:
-        cfg, teacher = with_teacher(cfg)
-        side = cfg.teacher_size // teacher.patch_size                            # tokens, a side
+        cfg, teacher_shape = with_teacher(cfg)
+        side = cfg.teacher_size // teacher_shape.patch_size                      # tokens, a side
         cfg = dataclasses.replace(cfg, fold=cfg.fold or max(1, grid // side))
         names += ("teacher", "teacher_size", "align_weight", "align_adaptive", "align_form", "align_hidden", "fold",
                   "pool", "target", "standardize")
@@ -1134,67 +1463,60 @@ def train_autoencoder(cfg):
     data, held_out = open_data(cfg, "train"), open_data(cfg, "test")
     if cfg.gradient_checkpointing:
         autoencoder.enable_gradient_checkpointing()
-    heads, lpips, discriminator = None, None, None
-
-    def tokens_of(x):
-        return align.teacher_tokens(teacher, x, cfg.teacher_size, cfg.target)
-
+    net, teacher, lpips = AlignedAutoencoder(autoencoder, None), None, None
     if aligned:
-        heads = align.AlignmentHeads(cfg.latent_channels, teacher.embed_dim, cfg.align_hidden, cfg.fold, cfg.pool,
-                                     cfg.target, None if side * cfg.fold == grid else (side, side)).to(device)
-        heads.fit_norm(teacher.norm)
-        if cfg.standardize:
-            rows = np.linspace(0, len(data) - 1, min(len(data), 2048)).astype(int)
-            tokens = [tokens_of(to_float(images, device)) for images, *_ in all_batches(data, 64, rows)]
-            heads.fit_statistics(*(torch.cat(part) for part in zip(*tokens)))
-    net = AlignedAutoencoder(autoencoder, heads).to(device).train()
-    model = DDP(net) if process()[2] > 1 else net
-    opt = torch.optim.AdamW(net.parameters(), lr=cfg.lr, betas=(0.9, 0.99), weight_decay=0.0)
-    parts = dict(net=net, opt=opt)
+        net.heads = align.AlignmentHeads(cfg.latent_channels, teacher_shape.embed_dim, cfg.align_hidden, cfg.fold,
+                                         cfg.pool, cfg.target, None if side * cfg.fold == grid else (side, side))
+    discriminator = vae.PatchDiscriminator() if cfg.disc_weight else None
+    plan = autoencoder_plan(cfg, data, net, teacher_shape if aligned else None, discriminator)
+    plan.print(folder)
+    if aligned:
+        teacher = load_teacher(cfg.teacher).to(device)
+        net.heads.fit_norm(teacher.norm)
     if cfg.perceptual_weight:
         lpips = load_lpips().to(device)
-    if cfg.disc_weight:
-        discriminator = vae.PatchDiscriminator().to(device)
-        d_model = DDP(discriminator) if process()[2] > 1 else discriminator
-        d_opt = torch.optim.AdamW(discriminator.parameters(), lr=cfg.lr, betas=(0.5, 0.9), weight_decay=0.0)
-        parts.update(discriminator=discriminator, d_opt=d_opt)
-    terms = dict(pixel_loss=cfg.pixel_loss, kl_weight=cfg.kl_weight, perceptual_weight=cfg.perceptual_weight,
-                 lpips=lpips, disc_weight=cfg.disc_weight, disc_start=cfg.disc_start, discriminator=discriminator,
-                 last_layer=autoencoder.decoder.conv_out.weight)
-    run = Run(cfg, folder, settings, **parts)
+    net.to(device).train()
+    opt = torch.optim.AdamW(net.parameters(), lr=cfg.lr, betas=(0.9, 0.99), weight_decay=cfg.weight_decay, fused=True)
+    kept = dict(net=net, opt=opt)
+    if discriminator is not None:
+        discriminator.to(device)
+        d_opt = torch.optim.AdamW(discriminator.parameters(), lr=cfg.lr, betas=(0.5, 0.9), weight_decay=0.0, fused=True)
+        kept.update(discriminator=discriminator, d_opt=d_opt)
+    parts = SimpleNamespace(net=net, teacher=teacher, lpips=lpips, discriminator=discriminator)
+    run = Run(cfg, folder, settings, plan, **kept)
+    if aligned and cfg.standardize and run.step == 0:
+        rows = np.linspace(0, len(data) - 1, min(len(data), 2048)).astype(int)
+        tokens = [tokens_of(cfg, teacher, to_float(images, device)) for images, *_ in all_batches(data, 64, rows)]
+        net.heads.fit_statistics(*(torch.cat(part) for part in zip(*tokens)))
     if aligned and cfg.cache_tokens:
         def encode(x):
-            patch, cls = tokens_of(x)
+            patch, cls = tokens_of(cfg, teacher, x)
             return torch.cat([cls[:, None], patch], dim=1)
 
         if not (folder / "tokens.npy").is_file():
             encode_all(data, folder / "tokens.npy", 64, f"tokens {cfg.out}", encode)
         data = WithTokens(data, folder / "tokens.npy")
-    measure = HeldOut(held_out, cfg.held_out, device, tokens_of if aligned else None)
+    if cfg.compile:
+        autoencoder.encoder.compile()
+        autoencoder.decoder.compile()
+    model = DDP(net) if process()[2] > 1 else net
+    d_model = DDP(discriminator) if process()[2] > 1 and cfg.disc_weight else discriminator
+    measure = HeldOut(held_out, cfg.held_out, device, functools.partial(tokens_of, cfg, teacher) if aligned else None)
     for step, (images, *rest) in run.steps(data):
         x, reconstructions = to_float(images, device), []
         noise = Draws(cfg, step, device).randn(cfg.latent_channels, grid, grid)
-        if discriminator is not None:
+        cached = rest[-1].to(device, non_blocking=True) if cfg.cache_tokens else None
+        if cfg.disc_weight:
             discriminator.requires_grad_(False)                                  # its own turn comes below
         opt.zero_grad()
         for rows in parts_of_batch(cfg, model):
             with autocast(cfg):
-                rec, posterior, features = model(x[rows], noise[rows])
-                loss, logged = vae.autoencoder_loss(x[rows], rec, posterior, step=step, **terms)
-                if aligned:
-                    cached = rest[-1][rows].to(device) if cfg.cache_tokens else None
-                    tokens = (cached[:, 1:], cached[:, 0]) if cfg.cache_tokens else tokens_of(x[rows])
-                    align_loss, cosines = align.align_loss(*features, *heads.standardize(*tokens), cfg.align_form)
-                    weight = cfg.align_weight
-                    if cfg.align_adaptive:
-                        weight = weight * vae.adaptive_weight(loss, align_loss, autoencoder.encoder.conv_out.weight)
-                        logged["align_ratio"] = weight
-                    loss = loss + weight * align_loss
-                    logged.update(align=align_loss.detach(), **cosines)
+                tokens = (cached[rows, 1:], cached[rows, 0]) if cfg.cache_tokens else None
+                loss, logged, rec = autoencoder_step(cfg, parts, model, x[rows], noise[rows], step, tokens)
             (loss / cfg.accumulate).backward()
             reconstructions.append(rec.detach())
             run.log(**logged)
-        opt.step()
+        run.optimise(opt)
         if "gan" in logged:
             discriminator.requires_grad_(True)
             d_opt.zero_grad()
@@ -1203,18 +1525,72 @@ def train_autoencoder(cfg):
                     d_loss = vae.hinge_d_loss(d_model(x[rows]), d_model(rec))
                 (d_loss / cfg.accumulate).backward()
                 run.log(discriminator=d_loss.detach())
-            d_opt.step()
-        if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps:
-            run.log(**measure(net))
+            run.optimise(d_opt, "discriminator_gradient")
+        end = step + 1 == cfg.steps
+        with run.pause():
+            if (step + 1) % cfg.save_every == 0 or end:
+                run.log(**measure(net))
+            if ((step + 1) % cfg.sample_every == 0 or end) and process()[0] == 0:
+                name = "reconstructions" if end else f"step-{step + 1:07}"
+                draw_reconstructions(autoencoder, held_out, folder / "samples" / f"{name}.png", device)
     autoencoder.eval()
     measure_latents(autoencoder, data, device, cfg.statistics)
     if process()[0] == 0:
         if aligned:
-            write_json(heads.config, folder / "heads.json")
-            save_safetensors(heads.state_dict(), folder / "heads.safetensors")
-        draw_reconstructions(autoencoder, held_out, folder / "samples" / "reconstructions.png", device)
+            write_json(net.heads.config, folder / "heads.json")
+            save_safetensors(net.heads.state_dict(), folder / "heads.safetensors")
         autoencoder.save_pretrained(folder)
+    run.summary()
     barrier()
+
+
+def autoencoder_plan(cfg, data, net, teacher, discriminator):
+    """Plan of stages vae and align, of networks with weights or without."""
+    with torch.device("meta"):
+        lpips = vae.LPIPS().to("meta") if cfg.perceptual_weight else None
+    parts = SimpleNamespace(net=on_meta(net), teacher=teacher, lpips=lpips,
+                            discriminator=on_meta(discriminator) if discriminator else None)
+    grid = cfg.image_size // net.vae.factor
+
+    def step(rows):
+        x = torch.empty(rows, 3, cfg.image_size, cfg.image_size, device="meta")
+        noise = torch.empty(rows, cfg.latent_channels, grid, grid, device="meta")
+        if discriminator:
+            parts.discriminator.requires_grad_(False)
+        loss, _, rec = autoencoder_step(cfg, parts, parts.net, x, noise, cfg.disc_start)
+        loss.backward()
+        if discriminator:
+            parts.discriminator.requires_grad_(True)
+            vae.hinge_d_loss(parts.discriminator(x), parts.discriminator(rec.detach())).backward()
+
+    return Plan(cfg, data, "autoencoder", [part for part in (parts.net, parts.discriminator) if part], step)
+
+
+def tokens_of(cfg, teacher, x):
+    """The teacher's tokens of images x (N, 3, H, W) in [-1, 1]: of patches (N, T, D), of the class (N, D)."""
+    return align.teacher_tokens(teacher, x, cfg.teacher_size, cfg.target)
+
+
+def autoencoder_step(cfg, parts, model, x, noise, step, tokens=None):
+    """Loss of images x (N, 3, H, W) of stages vae and align, its parts for the log, and the reconstructions. `parts`
+    are the networks (net, teacher, lpips, discriminator), `model` is net or DDP around it; the teacher is asked for
+    tokens that are not given."""
+    net = parts.net
+    rec, posterior, features = model(x, noise)
+    loss, logged = vae.autoencoder_loss(
+        x, rec, posterior, step=step, pixel_loss=cfg.pixel_loss, kl_weight=cfg.kl_weight,
+        perceptual_weight=cfg.perceptual_weight, lpips=parts.lpips, disc_weight=cfg.disc_weight,
+        disc_start=cfg.disc_start, discriminator=parts.discriminator, last_layer=net.vae.decoder.conv_out.weight)
+    if net.heads is not None:
+        target = net.heads.standardize(*(tokens or tokens_of(cfg, parts.teacher, x)))
+        align_loss, cosines = align.align_loss(*features, *target, cfg.align_form)
+        weight = cfg.align_weight
+        if cfg.align_adaptive:
+            weight = weight * vae.adaptive_weight(loss, align_loss, net.vae.encoder.conv_out.weight)
+            logged["align_ratio"] = weight
+        loss = loss + weight * align_loss
+        logged.update(align=align_loss.detach(), **cosines)
+    return loss, logged, rec
 
 
 class HeldOut:
@@ -1282,6 +1658,10 @@ def encode_latents(cfg):
     if finished(folder, "meta.json"):
         return
     autoencoder, data = load_autoencoder(source).to(device), open_data(cfg, "train")
+    if cfg.dry_run:
+        cells, flips = cfg.image_size // autoencoder.factor, 2 if data.flip else 1
+        size = flips * len(data) * 4 * autoencoder.config["latent_channels"] * cells ** 2
+        return print(f"stage latents in {folder}: {len(data):,} images, {flips} times; moments.npy ({megabytes(size)})")
     write_settings(folder, settings)
 
     def encode(x):
@@ -1293,6 +1673,8 @@ def encode_latents(cfg):
         with atomic_file(folder / "labels.npy") as file:
             np.save(file, data.labels.numpy())
         write_json({"autoencoder": settings["autoencoder"], "classes": list(data.classes)}, folder / "meta.json")
+        size = (folder / "moments.npy").stat().st_size
+        print(f"{folder} is done: {len(data)} images in moments.npy ({megabytes(size)}), labels.npy, meta.json")
     barrier()
 
 
@@ -1315,67 +1697,113 @@ class Latents:
     def __getitems__(self, keys):
         """keys: list of (index, flip) -> moments (N, 2C, h, w) float32, labels (N,)."""
         index, flip = np.array([i for i, _ in keys]), np.array([int(f) for _, f in keys])
-        return torch.from_numpy(self.moments[flip, index].astype(np.float32)), torch.from_numpy(self.labels[index])
+        moments = torch.from_numpy(self.moments[flip, index]).to(torch.get_default_dtype())
+        return moments, torch.from_numpy(self.labels[index])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Stages sit and dit: the diffusion transformers; nothing here knows whether the latents are aligned
 
+def transformer_config(cfg, channels, size, classes):
+    """Arguments of the transformer of stages sit and dit, for latents (channels, size, size)."""
+    module, network = FAMILIES[cfg.stage]
+    try:
+        return dict(module.size_arguments(cfg.model, network.__name__), input_size=size, in_channels=channels,
+                    num_classes=classes, class_dropout_prob=cfg.label_dropout, learn_sigma=cfg.stage == "dit")
+    except ValueError as error:
+        stop(error)
+
+
+def objective(cfg):
+    """What the training loss is told of the path from noise to data; DiT has one only."""
+    return dict(path=cfg.path, prediction=cfg.prediction, weight=cfg.loss_weight) if cfg.stage == "sit" else {}
+
+
+def diffusion_plan(cfg, data, config):
+    """Plan of stages sit and dit."""
+    module, network = FAMILIES[cfg.stage]
+    try:
+        with torch.device("meta"):
+            net = network(**config).to("meta")
+    except ValueError as error:
+        stop(error)
+    if cfg.gradient_checkpointing:
+        net.enable_gradient_checkpointing()
+
+    def step(rows):
+        x = torch.empty(rows, config["in_channels"], config["input_size"], config["input_size"], device="meta")
+        y = torch.empty(rows, dtype=torch.long, device="meta")
+        t = torch.empty(rows, device="meta") if cfg.stage == "sit" else y
+        module.training_loss(net, x, y, t=t, eps=x, drop=y > 0, **objective(cfg)).mean().backward()
+
+    tokens = (config["input_size"] // config["patch_size"]) ** 2
+    return Plan(cfg, data, cfg.model, [net], step, tokens, averaged=True)
+
+
 def train_diffusion(cfg):
     """Stages sit and dit."""
-    source, device = find_autoencoder(cfg), device_of_process()
+    device, (module, network), folder = device_of_process(), FAMILIES[cfg.stage], Path(cfg.out) / cfg.stage
+    if cfg.dry_run and not (Path(cfg.out) / "latents" / "meta.json").is_file():
+        data, size = open_data(cfg, "train"), cfg.image_size // 2 ** (len(cfg.channels) - 1)
+        config = transformer_config(cfg, cfg.latent_channels, size, len(data.classes))
+        diffusion_plan(cfg, data, config).print(folder)                          # before it tells what is missing
+    source = find_autoencoder(cfg)
     cfg = dataclasses.replace(cfg, vae=str(source))
-    objective = ("path", "prediction", "loss_weight") if cfg.stage == "sit" else ()
-    names = OPTIMISER + FORWARD + objective + ("gradient_checkpointing", "vae", "model", "ema")
+    names = OPTIMISER + FORWARD + (("path", "prediction", "loss_weight") if cfg.stage == "sit" else ())
+    names += ("gradient_checkpointing", "vae", "model", "label_dropout", "ema")
     folder, settings = claim_folder(cfg, *names, autoencoder=checksum(source))
     if finished(folder, "ema.safetensors"):
         return
     autoencoder, data = load_autoencoder(source).to(device), Latents(cfg, source)
-    module, network = FAMILIES[cfg.stage]
-    try:
-        config = dict(module.size_arguments(cfg.model, network.__name__), input_size=data.moments.shape[-1],
-                      in_channels=data.moments.shape[2] // 2, num_classes=len(data.classes), class_dropout_prob=0.1,
-                      learn_sigma=cfg.stage == "dit")
-        torch.manual_seed(cfg.seed)
-        net, ema = network(**config).to(device), network(**config).to(device).requires_grad_(False)
-    except ValueError as error:
-        stop(error)
-    ema.load_state_dict(net.state_dict())
+    config = transformer_config(cfg, data.moments.shape[2] // 2, data.moments.shape[-1], len(data.classes))
+    plan = diffusion_plan(cfg, data, config)
+    plan.print(folder)
+    torch.manual_seed(cfg.seed)
+    net = network(**config).to(device)
+    ema = copy.deepcopy(net).requires_grad_(False).eval()
     if cfg.gradient_checkpointing:
         net.enable_gradient_checkpointing()
-    options, sampler = {}, SAMPLERS[cfg.stage]
+    sampler = SAMPLERS[cfg.stage]
     if cfg.stage == "sit":
-        options = dict(path=cfg.path, prediction=cfg.prediction, weight=cfg.loss_weight)
         sampler = dict(sampler, path=cfg.path, prediction=cfg.prediction)
         t0, t1 = module.time_interval(cfg.path, cfg.prediction, training=True)
+
+    def draw(name):
+        labels = torch.arange(min(len(data.classes), 10)).repeat_interleave(8)
+        _, images = generate(module, ema, autoencoder, range(len(labels)), labels, cfg.seed, device, **sampler)
+        (folder / "samples").mkdir(exist_ok=True)
+        save_picture(sheet({"samples, no guidance": to_uint8(images).unflatten(0, (-1, 8))}),
+                     folder / "samples" / f"{name}.png")
+
+    opt = torch.optim.AdamW(net.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
+    run = Run(cfg, folder, settings, plan, net=net, ema=ema, opt=opt)
+    if cfg.compile:
+        net.compile()
     model = DDP(net) if process()[2] > 1 else net
-    opt = torch.optim.AdamW(net.parameters(), lr=cfg.lr, weight_decay=0.0, fused=True)
-    run = Run(cfg, folder, settings, net=net, ema=ema.eval(), opt=opt)
     for step, (moments, labels) in run.steps(data):
-        mean, std = moments.to(device).chunk(2, dim=1)
-        y, rng = labels.to(device), Draws(cfg, step, device)
+        mean, std = moments.to(device, non_blocking=True).chunk(2, dim=1)
+        y, rng = labels.to(device, non_blocking=True), Draws(cfg, step, device)
         x = autoencoder.normalize(mean + std * rng.randn(*mean.shape[1:]))
-        eps, drop = rng.randn(*mean.shape[1:]), rng.rand() < config["class_dropout_prob"]
+        eps, drop = rng.randn(*mean.shape[1:]), rng.rand() < cfg.label_dropout
         t = t0 + (t1 - t0) * rng.rand() if cfg.stage == "sit" else rng.randint(1000)
         opt.zero_grad()
         for rows in parts_of_batch(cfg, model):
             with autocast(cfg):
                 draws = dict(t=t[rows], eps=eps[rows], drop=drop[rows])
-                loss = module.training_loss(model, x[rows], y[rows], **draws, **options).mean()
+                loss = module.training_loss(model, x[rows], y[rows], **draws, **objective(cfg)).mean()
             (loss / cfg.accumulate).backward()
             run.log(loss=loss.detach())
-        opt.step()
+        run.optimise(opt)
         with torch.no_grad():
             torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - cfg.ema)
+        if (step + 1) % cfg.sample_every == 0 and process()[0] == 0:
+            with run.pause():
+                draw(f"step-{step + 1:07}")
     if process()[0] == 0:
         write_json(config, folder / "config.json")
-        labels = torch.arange(min(len(data.classes), 10)).repeat_interleave(8)
-        _, images = generate(module, ema, autoencoder, range(len(labels)), labels, cfg.seed, device,
-                             **sampler)
-        (folder / "samples").mkdir(exist_ok=True)
-        save_picture(sheet({"samples, no guidance": to_uint8(images).unflatten(0, (-1, 8))}),
-                     folder / "samples" / "final.png")
+        draw("final")
         save_safetensors(ema.state_dict(), folder / "ema.safetensors")
+    run.summary()
 
 
 SAMPLERS = {"sit": dict(sampler="heun", num_steps=25), "dit": dict(sampler="ddpm", num_steps=100)}
@@ -1651,28 +2079,23 @@ def write_report(cfg, out, table, ideal, seconds):
 # ---------------------------------------------------------------------------------------------------------------------
 # The chain: every stage is a command that could be typed; two run side by side on a CPU
 
-def chain(cfg):
+def chain(given):
     """All stages for both arms. What is done already is not done again."""
     if process()[2] > 1:
         stop("the chain starts its own processes: run it without torchrun, or one --stage at a time with it")
-    out = Path(cfg.out)
-    given = {f.name: getattr(cfg, f.name) for f in dataclasses.fields(Config) if getattr(cfg, f.name) != f.default}
-    given.pop("out")
-    given = json.loads(json.dumps(given))
-    for name in ("vae", "teacher"):
+    for name in ("vae", "teacher", "preset"):
         if name in given:
             stop(f"--{name} is for one --stage: the chain makes its own")
-    path = out / "config.json"
-    if path.is_file() and json.loads(path.read_text()) != given:
-        stop(f"{out} holds a run with {json.loads(path.read_text())}, not {given}: choose another --out, or delete it")
+    for name in DEFAULTS:
+        cfg = resolve(given, name)                                               # say now what is wrong with the flags
     for split in ("train", "test"):
         if cfg.data != "scenes":
             ImageFolder(cfg.data, split, 1)                                      # say now what is wrong with the data
-    settings = resolve(cfg, "report")
-    for name in DEFAULTS:
-        resolve(cfg, name)                                                       # say now what is wrong with the flags
-    out.mkdir(parents=True, exist_ok=True)
-    write_json(given, path)
+    out, dry_run = Path(cfg.out), given.pop("dry_run", False)
+    given = {name: value for name, value in given.items() if name != "out"}
+    path = out / "config.json"
+    if path.is_file() and json.loads(path.read_text()) != given:
+        stop(f"{out} holds a run with {json.loads(path.read_text())}, not {given}: choose another --out, or delete it")
     flags = []
     for name, value in given.items():
         name = name.replace("_", "-")
@@ -1689,7 +2112,7 @@ def chain(cfg):
     def samples(run, name, scale):
         tasks = ["--tasks", "features", *(("segmentation", "depth") if cfg.data == "scenes" else ())]
         return [sys.executable, str(Path(__file__).with_name("sample.py")), "--run", run,
-                "--out", f"{run}/{name}.npz", "--num", str(settings.num_samples), "--num-steps", "8",
+                "--out", f"{run}/{name}.npz", "--num", str(cfg.num_samples), "--num-steps", "8",
                 "--seed", str(cfg.seed), "--cfg-scale", str(scale), *(("--latents",) if name == "samples" else ()),
                 *(tasks if run == aligned and name == "samples" else ())]
 
@@ -1703,10 +2126,14 @@ def chain(cfg):
            for run, vae in (("plain", "vae"), ("aligned", "align"))},
         **{f"{run}/sit": (stage("sit", str(out / run)), (f"{run}/latents",)) for run in arms},
         **{f"{run}/{name}": (samples(str(out / run), name, scale), (f"{run}/sit",))
-           for name, scale in (("samples", 1), ("samples-guided", settings.cfg_scale)) for run in arms},
+           for name, scale in (("samples", 1), ("samples-guided", cfg.cfg_scale)) for run in arms},
     }
+    if dry_run:
+        return print("\n".join(shlex.join(["python", *command[1:]]) for command, _ in jobs.values()))
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(given, path)
     run_jobs(jobs, out)
-    report(settings)
+    report(cfg)
 
 
 def run_jobs(jobs, out):
@@ -1752,11 +2179,11 @@ def run_jobs(jobs, out):
 
 def run_stage(cfg):
     """One stage, in this process of perhaps several."""
-    cfg = resolve(cfg, cfg.stage)
     if cfg.steps and cfg.batch_size % (process()[2] * cfg.accumulate):
         stop(f"--batch-size {cfg.batch_size} is that of all processes: it does not divide by {process()[2]}"
              + (f" and --accumulate {cfg.accumulate}" if cfg.accumulate > 1 else ""))
     join_processes()
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = cfg.precision == "tf32"
     stages = {"teacher": train_classifier, "evaluator": train_classifier, "heads": train_heads,
               "vae": train_autoencoder, "align": train_autoencoder, "latents": encode_latents,
               "sit": train_diffusion, "dit": train_diffusion, "report": report}
@@ -1767,12 +2194,12 @@ def run_stage(cfg):
 
 def main(argv=None):
     """Run what the flags say: one stage, or all of them."""
-    cfg = parse_arguments(argv)
+    given = parse_arguments(argv)
     try:
-        if cfg.stage is None:
-            chain(cfg)
+        if "stage" in given:
+            run_stage(resolve(given, given["stage"]))
         else:
-            run_stage(cfg)
+            chain(given)
     except DataError as error:
         stop(error)
 

@@ -30,6 +30,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.distributed.nn.functional import all_reduce
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
@@ -424,6 +425,32 @@ class LPIPS(nn.Module):
         return self.by_stage(x, y).sum(1)
 
 
+def mean_over_processes(x):
+    """x, of equal shape on all processes, averaged over them; gradients flow back to all."""
+    if not dist.is_initialized() or x.is_meta:                                   # on meta there are no numbers to send
+        return x
+    return all_reduce(x.clone()) / dist.get_world_size()
+
+
+class BatchNorm2d(nn.BatchNorm2d):
+    """Batch norm by the images of all processes, so that N of them train as one does with all images. nn.SyncBatchNorm
+    does that on GPUs only."""
+
+    def forward(self, x):
+        if not (self.training and dist.is_initialized()):
+            return super().forward(x)
+        full = x.to(torch.promote_types(x.dtype, torch.float32))
+        mean = mean_over_processes(full.mean((0, 2, 3)))
+        var = mean_over_processes((full - mean[:, None, None]).square().mean((0, 2, 3)))
+        with torch.no_grad():
+            n = dist.get_world_size() * x.numel() / x.shape[1]
+            self.num_batches_tracked += 1
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(var * n / (n - 1), self.momentum)             # unbiased, as nn.BatchNorm2d keeps it
+        scale = self.weight * (var + self.eps).rsqrt()
+        return ((full - mean[:, None, None]) * scale[:, None, None] + self.bias[:, None, None]).to(x.dtype)
+
+
 class PatchDiscriminator(nn.Module):
     """PatchGAN: images (N, C, H, W) -> logits (N, 1, h, w), one an overlapping patch (Isola et al., 1611.07004)."""
 
@@ -433,7 +460,7 @@ class PatchDiscriminator(nn.Module):
         layers = [nn.Conv2d(in_channels, ndf, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
         for i in range(1, n_layers + 1):
             layers += [nn.Conv2d(widths[i - 1], widths[i], 4, stride=2 if i < n_layers else 1, padding=1, bias=False),
-                       nn.BatchNorm2d(widths[i]), nn.LeakyReLU(0.2)]
+                       BatchNorm2d(widths[i]), nn.LeakyReLU(0.2)]
         self.main = nn.Sequential(*layers, nn.Conv2d(widths[-1], 1, 4, padding=1))
         for module in self.main:
             if isinstance(module, nn.Conv2d):
@@ -456,9 +483,10 @@ def hinge_g_loss(logits_fake):
 
 
 def adaptive_weight(reference, loss, weight):
-    """||d reference / d weight|| / ||d loss / d weight||, at most 1e4: `loss` shall pull as hard as `reference`."""
-    g_reference = torch.autograd.grad(reference, weight, retain_graph=True)[0]
-    g_loss = torch.autograd.grad(loss, weight, retain_graph=True)[0]
+    """||d reference / d weight|| / ||d loss / d weight||, at most 1e4: `loss` shall pull as hard as `reference`. Both
+    are averages over the images of all processes."""
+    gradients = [torch.autograd.grad(part, weight, retain_graph=True)[0] for part in (reference, loss)]
+    g_reference, g_loss = mean_over_processes(torch.stack(gradients))
     return (g_reference.norm() / (g_loss.norm() + 1e-4)).clamp(max=1e4).detach()
 
 

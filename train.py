@@ -1704,14 +1704,19 @@ class Latents:
 # ---------------------------------------------------------------------------------------------------------------------
 # Stages sit and dit: the diffusion transformers; nothing here knows whether the latents are aligned
 
-def transformer_config(cfg, channels, size, classes):
-    """Arguments of the transformer of stages sit and dit, for latents (channels, size, size)."""
+def new_transformer(cfg, channels, size, classes):
+    """The transformer of stages sit and dit for latents (channels, size, size), and its arguments."""
     module, network = FAMILIES[cfg.stage]
+    torch.manual_seed(cfg.seed)
     try:
-        return dict(module.size_arguments(cfg.model, network.__name__), input_size=size, in_channels=channels,
-                    num_classes=classes, class_dropout_prob=cfg.label_dropout, learn_sigma=cfg.stage == "dit")
+        config = dict(module.size_arguments(cfg.model, network.__name__), input_size=size, in_channels=channels,
+                      num_classes=classes, class_dropout_prob=cfg.label_dropout, learn_sigma=cfg.stage == "dit")
+        net = network(**config)
     except ValueError as error:
         stop(error)
+    if cfg.gradient_checkpointing:
+        net.enable_gradient_checkpointing()
+    return net, config
 
 
 def objective(cfg):
@@ -1719,22 +1724,15 @@ def objective(cfg):
     return dict(path=cfg.path, prediction=cfg.prediction, weight=cfg.loss_weight) if cfg.stage == "sit" else {}
 
 
-def diffusion_plan(cfg, data, config):
+def diffusion_plan(cfg, data, net, config):
     """Plan of stages sit and dit."""
-    module, network = FAMILIES[cfg.stage]
-    try:
-        with torch.device("meta"):
-            net = network(**config).to("meta")
-    except ValueError as error:
-        stop(error)
-    if cfg.gradient_checkpointing:
-        net.enable_gradient_checkpointing()
+    net = on_meta(net)
 
     def step(rows):
         x = torch.empty(rows, config["in_channels"], config["input_size"], config["input_size"], device="meta")
         y = torch.empty(rows, dtype=torch.long, device="meta")
         t = torch.empty(rows, device="meta") if cfg.stage == "sit" else y
-        module.training_loss(net, x, y, t=t, eps=x, drop=y > 0, **objective(cfg)).mean().backward()
+        FAMILIES[cfg.stage][0].training_loss(net, x, y, t=t, eps=x, drop=y > 0, **objective(cfg)).mean().backward()
 
     tokens = (config["input_size"] // config["patch_size"]) ** 2
     return Plan(cfg, data, cfg.model, [net], step, tokens, averaged=True)
@@ -1742,11 +1740,11 @@ def diffusion_plan(cfg, data, config):
 
 def train_diffusion(cfg):
     """Stages sit and dit."""
-    device, (module, network), folder = device_of_process(), FAMILIES[cfg.stage], Path(cfg.out) / cfg.stage
+    device, module = device_of_process(), FAMILIES[cfg.stage][0]
     if cfg.dry_run and not (Path(cfg.out) / "latents" / "meta.json").is_file():
         data, size = open_data(cfg, "train"), cfg.image_size // 2 ** (len(cfg.channels) - 1)
-        config = transformer_config(cfg, cfg.latent_channels, size, len(data.classes))
-        diffusion_plan(cfg, data, config).print(folder)                          # before it tells what is missing
+        transformer = new_transformer(cfg, cfg.latent_channels, size, len(data.classes))
+        diffusion_plan(cfg, data, *transformer).print(Path(cfg.out) / cfg.stage)  # and then tell what is missing
     source = find_autoencoder(cfg)
     cfg = dataclasses.replace(cfg, vae=str(source))
     names = OPTIMISER + FORWARD + (("path", "prediction", "loss_weight") if cfg.stage == "sit" else ())
@@ -1755,14 +1753,11 @@ def train_diffusion(cfg):
     if finished(folder, "ema.safetensors"):
         return
     autoencoder, data = load_autoencoder(source).to(device), Latents(cfg, source)
-    config = transformer_config(cfg, data.moments.shape[2] // 2, data.moments.shape[-1], len(data.classes))
-    plan = diffusion_plan(cfg, data, config)
+    net, config = new_transformer(cfg, data.moments.shape[2] // 2, data.moments.shape[-1], len(data.classes))
+    plan = diffusion_plan(cfg, data, net, config)
     plan.print(folder)
-    torch.manual_seed(cfg.seed)
-    net = network(**config).to(device)
+    net.to(device)
     ema = copy.deepcopy(net).requires_grad_(False).eval()
-    if cfg.gradient_checkpointing:
-        net.enable_gradient_checkpointing()
     sampler = SAMPLERS[cfg.stage]
     if cfg.stage == "sit":
         sampler = dict(sampler, path=cfg.path, prediction=cfg.prediction)

@@ -2110,15 +2110,100 @@ def test_a_sphere_is_drawn_where_geometry_puts_it():
     torch.testing.assert_close(nearest, expected, rtol=0, atol=0.01)
 
 
-@pytest.mark.parametrize("width, height, seed, digest", [
-    (500, 375, 1, "4311b12bc5c3918d5d3d6aa8568714643d13d2aaae83f3af4775738f93d1b073"),
-    (333, 500, 2, "744dcd0174114e6bc61ff997f4360a647a347dde71ccb029181b8f50d7958d33")])
-def test_centre_crop_equals_adms(width, height, seed, digest):
+@pytest.mark.parametrize("width, height, size, seed, digest", [
+    (500, 375, 256, 1, "4311b12bc5c3918d5d3d6aa8568714643d13d2aaae83f3af4775738f93d1b073"),
+    (333, 500, 256, 2, "744dcd0174114e6bc61ff997f4360a647a347dde71ccb029181b8f50d7958d33"),
+    (1024, 600, 256, 3, "bb4ec7171135c90d2a3c866e13ebf899879ef38fb905feb0f0b13db470fa5af2"),
+    (256, 256, 256, 4, "923fbd04d3280a9b6d0cbdaa0f67c53267da5ab7251c8a9bccc594f85964de2b"),
+    (80, 100, 64, 5, "7932b8653923dedaff6ca45aa20b8f39487d926eaeaf8c7408d9950bd3acb9af"),
+    (900, 1200, 64, 6, "9525c7c511c2a6a3d9af505296517230ac5a9868d5b573ccea0dafb52fc4cc9a"),
+    (47, 33, 32, 7, "be290b4757e89467853b9572421dceae27cc1973ea14b6e1cc2c837d29ccc1cd"),
+    (31, 20, 32, 8, "aa1414a2655048bc0e276b96b695aef7e6dad2a7816fc03aa5173313c76b7be1")])
+def test_centre_crop_equals_adms(tmp_path, width, height, size, seed, digest):
+    """Byte for byte, on the way that training takes."""
     g = np.random.RandomState(seed)
     small = g.randint(0, 256, (max(2, height // 16), max(2, width // 16), 3)).astype(np.uint8)
     image = np.asarray(Image.fromarray(small).resize((width, height), Image.BICUBIC)).astype(np.int64)
     image = np.clip(image + g.randint(-12, 13, (height, width, 3)), 0, 255).astype(np.uint8)
-    assert hashlib.sha256(train.center_crop(Image.fromarray(image), 256).tobytes()).hexdigest() == digest
+    (tmp_path / "train" / "a").mkdir(parents=True)
+    Image.fromarray(image).save(tmp_path / "train" / "a" / "x.png")
+    read = train.ImageFolder(tmp_path, "all", size).__getitems__([(0, False), (0, True)])[0].permute(0, 2, 3, 1)
+    assert hashlib.sha256(read[0].numpy().tobytes()).hexdigest() == digest
+    assert torch.equal(read[1], read[0].flip(1))
+
+
+def odd_image(kind):
+    """Bytes of an image file of an unusual kind, left half red and right half blue where that is possible."""
+    rgb = np.zeros((8, 8, 3), dtype=np.uint8)
+    rgb[:, :4, 0], rgb[:, 4:, 2] = 255, 255
+    image, file, options = Image.fromarray(rgb), io.BytesIO(), {}
+    if kind == "exif":                                                           # stored on its side, as cameras do
+        exif = Image.Exif()
+        exif[0x0112] = 6
+        image, options = image.transpose(Image.ROTATE_90), dict(exif=exif)
+    elif kind in ("CMYK", "P"):
+        image = image.convert(kind)
+    elif kind == "RGBA":
+        image.putalpha(Image.fromarray(np.where(np.arange(64).reshape(8, 8) % 8 < 4, 255, 0).astype(np.uint8)))
+    elif kind == "L":
+        image = Image.fromarray(rgb[:, :, 0])
+    elif kind == "I;16":
+        image = Image.fromarray(rgb[:, :, 0].astype(np.uint16) * 257 // 2)
+    elif kind == "animated":
+        options = dict(save_all=True, append_images=[Image.new("RGB", (8, 8), "lime")])
+    elif kind == "wide":
+        image = image.resize((20_000, 8), Image.NEAREST)
+    elif kind == "float":
+        image = Image.fromarray(rgb[:, :, 0].astype(np.float32))
+    elif kind == "empty":
+        return b""
+    elif kind == "bomb":                                                         # 400 million pixels in a small file
+        image = Image.new("1", (20_000, 20_000))
+    suffix = {"CMYK": "TIFF", "float": "TIFF", "animated": "GIF"}.get(kind, "PNG")
+    image.save(file, suffix, **options)
+    return file.getvalue()[:40] if kind == "cut off" else file.getvalue()
+
+
+@pytest.mark.parametrize("kind, left, right", [
+    ("RGB", (255, 0, 0), (0, 0, 255)), ("exif", (255, 0, 0), (0, 0, 255)), ("CMYK", (255, 0, 0), (0, 0, 255)),
+    ("P", (255, 0, 0), (0, 0, 255)), ("RGBA", (255, 0, 0), (255, 255, 255)), ("L", (255, 255, 255), (0, 0, 0)),
+    ("I;16", (127, 127, 127), (0, 0, 0)), ("animated", (255, 0, 0), (0, 0, 255))])
+def test_unusual_images_are_read_as_stated(kind, left, right):
+    image = np.asarray(train.read_rgb(io.BytesIO(odd_image(kind)))).astype(int)
+    assert image.shape == (8, 8, 3)
+    assert np.abs(image[:, :4] - left).max() <= 1 and np.abs(image[:, 4:] - right).max() <= 1
+
+
+def test_a_panorama_is_cropped():
+    image = train.center_crop(train.read_rgb(io.BytesIO(odd_image("wide"))), 8)
+    assert image.shape == (8, 8, 3) and (image[:, 0] == (255, 0, 0)).all() and (image[:, -1] == (0, 0, 255)).all()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_images_that_cannot_be_read_are_passed_over_up_to_a_number(tmp_path, workers, capfd):
+    """They are named, the next one stands in with its own label, and so a stage ends; one more is an error."""
+    root = write_images(tmp_path / "images")
+    for name, kind in (("a_red/011.png", "bomb"), ("a_red/003.png", "empty"), ("b_blue/000.png", "cut off"),
+                       ("b_blue/011.png", "float")):
+        (root / "train" / name).write_bytes(odd_image(kind))
+    cfg = train.resolve(dict(stage="vae", data=str(root), out=str(tmp_path / "run"), max_bad=4, batch_size=4), "vae")
+    data = train.open_data(cfg, "train")
+    good = train.ImageFolder(write_images(tmp_path / "good"), "train", 32)
+    batches = train.load_batches(data, [[(i, False)] for i in range(24)], workers)
+    for i, (image, label) in enumerate(batches):
+        stands = {11: 13, 3: 4, 12: 13, 23: 0}.get(i, i)                         # the first follows the last
+        assert torch.equal(image, good.__getitems__([(stands, False)])[0]) and label == good.labels[stands]
+    assert data.labels.tolist() == [0] * 11 + [1] * 12 + [0]
+    assert sorted(set((tmp_path / "run" / "unreadable-train.txt").read_text().split())) == [
+        "train/a_red/003.png", "train/a_red/011.png", "train/b_blue/000.png", "train/b_blue/011.png"]
+    errors = capfd.readouterr().err
+    assert errors.count("passed over") == 4 and "a_red/011.png cannot be read" in errors
+    data.max_bad = 3
+    with pytest.raises(train.DataError, match="b_blue/000.png cannot be read.*max-bad 3"):
+        (tmp_path / "run" / "unreadable-train.txt").write_text("x\ny\nz\n")
+        data.__getitems__([(12, False)])
+    command("train.py", "--stage", "vae", "--data", root, "--out", tmp_path / "run", "--max-bad", 4, "--steps", 6,
+            "--workers", workers, *SMALL[2:]) if workers else None
 
 
 def write_images(root, splits=("train", "test"), count=12):
@@ -2278,9 +2363,13 @@ def test_a_stopped_stage_ends_like_one_that_ran_through(whole, tmp_path):
     command("train.py", "--out", through, *stage)
     folder, env = stopped / "sit", {**os.environ, "OMP_NUM_THREADS": "1"}
     words = [sys.executable, "train.py", "--out", str(stopped), *stage]
-    for kind, lines in ((signal.SIGKILL, 5), (signal.SIGTERM, 9), (signal.SIGTERM, 14)):
+    for kind, lines in ((signal.SIGKILL, 5), ("saving", 9), (signal.SIGTERM, 13), (signal.SIGTERM, 16)):
         child = subprocess.Popen(words, cwd=HERE, env=env, stderr=subprocess.PIPE, text=True)
         until_it_has_logged(child, folder / "log.jsonl", lines)                  # past a checkpoint, before the end
+        if kind == "saving":
+            kind = signal.SIGKILL
+            while not list(folder.glob(".checkpoint.pt.*")):
+                assert child.poll() is None, "it was not seen saving"
         child.send_signal(kind)
         errors = child.communicate()[1]
         assert child.returncode == (-signal.SIGKILL if kind == signal.SIGKILL else 143), errors[-2000:]
@@ -2292,6 +2381,181 @@ def test_a_stopped_stage_ends_like_one_that_ran_through(whole, tmp_path):
     (folder / "checkpoint.pt").write_bytes(checkpoint[:len(checkpoint) // 2])
     assert f"{folder}/checkpoint.pt is damaged" in command(*words[1:]).stderr
     same_end(through, stopped)
+    assert not list(folder.glob(".*")), "what a kill left half written is gone"
+
+
+def test_killed_encoding_goes_on_where_it_stopped(whole, tmp_path):
+    """The latents are those of an uninterrupted run, of any number of processes; what was written is kept."""
+    root = write_images(tmp_path / "images", count=160)
+    stage = ["train.py", "--stage", "latents", "--data", str(root), "--batch-size", "1", "--vae",
+             str(whole / "plain" / "vae"), "--out"]
+    command(*stage, tmp_path / "a", processes=2)
+    folder = tmp_path / "b" / "latents"
+    child = subprocess.Popen([sys.executable, *stage, str(tmp_path / "b")], cwd=HERE, stderr=subprocess.PIPE,
+                             env={**os.environ, "OMP_NUM_THREADS": "1"})
+    while not (folder / ".moments.done.npy").is_file() or np.load(folder / ".moments.done.npy").sum() < 100:
+        assert child.poll() is None, "it ended before it was killed"
+    child.kill()
+    child.communicate()
+    assert not (folder / "moments.npy").exists()
+    kept = np.load(folder / ".moments.done.npy")
+    assert 100 <= kept.sum() < kept.size == 640
+    moments = np.load(folder / ".moments.tmp.npy", mmap_mode="r+")
+    moments[0, 5] = 7                                                            # a mark in what is done
+    moments.flush()
+    command(*stage, tmp_path / "b")
+    a, b = (np.load(tmp_path / name / "latents" / "moments.npy") for name in "ab")
+    assert (b[0, 5] == 7).all()
+    b[0, 5] = a[0, 5]
+    assert a.tobytes() == b.tobytes() and not list(folder.glob(".*"))
+
+
+def test_a_step_that_is_not_finite_stops_the_run_or_is_passed_over(whole, tmp_path):
+    out = copy_of(whole, tmp_path / "a", "vae", "latents")
+    moments = np.load(out / "latents" / "moments.npy", mmap_mode="r+")
+    moments[0, 17] = np.nan
+    moments.flush()
+    stage = ["train.py", "--stage", "sit", "--scenes", 240, "--batch-size", 8, "--steps", 60, "--log-every", 5,
+             "--save-every", 5, "--vae", whole / "plain" / "vae", "--out", out]
+    cfg = train.resolve(dict(batch_size=8), "sit")
+    data = train.ImageFolder.__new__(train.ImageFolder)
+    data.files = range(240)
+    drawn = [i + 1 for i, keys in enumerate(train.StepSampler(data, cfg, 0, 60)) if 17 in [key for key, _ in keys]]
+    assert len(drawn) == 2 and drawn[0] > 5
+    done = command(*stage, check=False)
+    line = done.stderr.splitlines()[-1]
+    assert done.returncode == 2 and f"step {drawn[0]} is not finite: loss nan" in line and "--skip-nonfinite 0" in line
+    assert f"the last good checkpoint is {out}/sit/checkpoint.pt" in line
+    state = torch.load(out / "sit" / "checkpoint.pt", weights_only=True)
+    assert state["step"] < drawn[0] and all(v.isfinite().all() for v in state["net"].values())
+    done = command(*stage, "--skip-nonfinite", 1, check=False)
+    assert done.returncode == 2 and f"step {drawn[1]} is not finite" in done.stderr and "1 so far" in done.stderr
+    command(*stage, "--skip-nonfinite", 2)
+    state = torch.load(out / "sit" / "checkpoint.pt", weights_only=True)
+    assert state["nonfinite"] == 2 and state["opt"]["state"][0]["step"] == 58
+    assert all(v.isfinite().all() for part in ("net", "ema") for v in state[part].values())
+    assert [line["step"] for line in log_without_rates(out / "sit")] == list(range(5, 61, 5))
+
+
+def test_options_of_the_optimiser_do_what_they_say(whole, tmp_path):
+    """A tiny limit on the gradient leaves nothing of a step but the decay of weights; labels are dropped as often as
+    stated; and a compiled network learns the same."""
+    states = {}
+    for name, options in {"plain": [], "clip": ["--clip", 1e-20], "decay": ["--clip", 1e-20, "--weight-decay", 0.5],
+                          "compiled": ["--compile"], "dropped": ["--label-dropout", 1]}.items():
+        out = copy_of(whole, tmp_path / name, "vae", "latents")
+        words = ["--stage", "sit", *SMALL, "--steps", 2, "--lr", 0.01, "--warmup", 0, "--decay", 1, "--vae",
+                 whole / "plain" / "vae", "--out", out, *options]
+        with mock.patch.object(nn.Module, "compile", lambda net: setattr(
+                net, "_compiled_call_impl", torch.compile(net._call_impl, backend="aot_eager"))):
+            train.main(list(map(str, words)))
+        states[name] = torch.load(out / "sit" / "checkpoint.pt", weights_only=True)["net"]
+    name = "blocks.0.mlp.fc1.weight"
+    torch.manual_seed(0)
+    first = sit.create("SiT-Ti/2", input_size=8, in_channels=4, num_classes=10).state_dict()
+    torch.testing.assert_close(states["clip"][name], first[name], rtol=0, atol=1e-9)
+    torch.testing.assert_close(states["decay"][name], first[name] * (1 - 0.01 * 0.5) ** 2)
+    assert (states["plain"][name] - first[name]).abs().max() > 1e-3
+    for key, value in states["plain"].items():
+        torch.testing.assert_close(states["compiled"][key], value, rtol=1e-3, atol=1e-5, msg=lambda m: f"{key}: {m}")
+    table = "y_embedder.embedding_table.weight"
+    moved = (states["dropped"][table] != first[table]).any(1)
+    assert moved.tolist() == [False] * 10 + [True] and (states["plain"][table] != first[table]).any(1)[:10].any()
+
+
+# "Gflops" in table 4 of Peebles and Xie (arXiv 2212.09748): multiply-adds of one forward pass at 256 px
+@pytest.mark.parametrize("name, wanted", [("DiT-S/4", 1.41), ("DiT-B/8", 1.42), ("DiT-B/2", 23.01), ("DiT-L/4", 19.70),
+                                          ("DiT-L/2", 80.71), ("DiT-XL/4", 29.05), ("DiT-XL/2", 118.64)])
+def test_flops_are_those_of_the_paper(name, wanted):
+    cfg = train.resolve(dict(preset="imagenet", stage="dit", model=name, batch_size=2, precision="fp32"), "dit")
+    net, config = train.new_transformer(cfg, 4, 32, 1000)
+    plan = train.diffusion_plan(cfg, range(10), net, config)
+    assert plan.flops / 3 / 2e9 == pytest.approx(wanted, abs=0.01)               # backward: two products for each one
+    assert plan.tokens == (32 // int(name[-1])) ** 2
+
+
+@pytest.mark.parametrize("row", [name for name in train.PRESETS if name != "imagenet"])
+def test_presets_are_rows_of_the_paper(row, tmp_path, capsys):
+    """The dry run tells length and cost, names what is missing, and writes nothing."""
+    family, size, patch, steps = row.split("-")
+    steps = int(steps[:-1]) * {"k": 1000, "m": 1_000_000}[steps[-1]]
+    cfg = train.resolve({"preset": row}, family)
+    assert cfg.model.lower() == f"{family}-{size}/{patch}" and cfg.steps == steps and cfg.batch_size == 256
+    assert (cfg.lr, cfg.weight_decay, cfg.ema, cfg.label_dropout, cfg.warmup, cfg.decay, cfg.clip, cfg.image_size) == (
+        1e-4, 0.0, 0.9999, 0.1, 0, 1.0, 0.0, 256)
+    assert train.resolve({"preset": row, "lr": 3e-4}, family).lr == 3e-4
+    for stage in ("vae", "align", "latents"):
+        assert train.resolve({"preset": row}, stage).channels == (128, 256, 512, 512)
+    other = {"sit": "dit", "dit": "sit"}[family]
+    with pytest.raises(SystemExit):
+        train.resolve({"preset": row}, other)
+    if size == "b":
+        words = ["--preset", row, "--stage", family, "--scenes", "20", "--dry-run", "--out", str(tmp_path / "x")]
+        with pytest.raises(SystemExit):
+            train.main(words)
+        out, err = capsys.readouterr()
+        assert f"{steps:,} steps, {steps * 256:,} images" in out and f"{steps * 256 * 256:,} tokens" in out
+        assert "GPU hours at 40% of the bf16 peak" in out and "vae/config.json not found" in err
+        assert not (tmp_path / "x").exists()
+
+
+def test_a_dry_run_checks_everything_and_writes_nothing(whole, tmp_path):
+    done = command("train.py", "--dry-run", "--out", tmp_path / "x", *SMALL)
+    assert done.stdout.count("--stage") == 8 and "sample.py" in done.stdout and not (tmp_path / "x").exists()
+    done = command("train.py", "--dry-run", "--stage", "align", "--teacher", whole / "teacher", "--out", tmp_path / "x",
+                   "--precision", "fp32", *SMALL, "--batch-size", 64, "--channels", 32, 64, 64)
+    assert "1400 steps" in done.stdout.replace(",", "") and "M parameters" in done.stdout
+    assert not (tmp_path / "x").exists()
+
+
+def test_memory_of_a_step_is_counted_as_it_is():
+    """The most bytes alive in a step on the meta device are those that the step allocates."""
+    net = nn.Sequential(nn.Linear(1000, 1000), nn.ReLU(), nn.Linear(1000, 1000))
+    net[0].weight.requires_grad_(False)
+    shape = train.on_meta(net)
+    assert [p.requires_grad for p in shape.parameters()] == [False, True, True, True] and shape[0].weight.is_meta
+    with train.MemoryCount() as memory:
+        x = torch.empty(500, 1000, device="meta")
+        loss = shape(x).square().mean()
+        loss.backward()
+    rows = 4 * 500 * 1000
+    assert 5 * rows <= memory.most <= 7 * rows + 2 * 4 * 1000 * 1000
+    del x, loss, shape
+    assert memory.now <= 0.01 * rows + 2 * 4 * 1000 * 1001
+
+
+def test_nothing_holds_a_device_of_its_own():
+    """Networks, losses and samplers on the meta device, where a tensor on the CPU would not fit in."""
+    def empty(*shape, dtype=torch.float32):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    autoencoder = train.on_meta(vae.AutoencoderKL(block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=8,
+                                                  latents_mean=[0.0] * 4, latents_std=[1.0] * 4))
+    teacher = train.on_meta(align.DINOv2(embed_dim=24, depth=2, num_heads=2))
+    heads = train.on_meta(align.AlignmentHeads(4, 24, 8, 2))
+    discriminator = train.on_meta(vae.PatchDiscriminator(ndf=8))
+    x, y = empty(2, 3, 64, 64), empty(2, dtype=torch.long)
+    rec, posterior, z = autoencoder(x)
+    loss, _ = vae.autoencoder_loss(x, rec, posterior, perceptual_weight=1.0, lpips=train.on_meta(vae.LPIPS()),
+                                   disc_weight=1.0, discriminator=discriminator,
+                                   last_layer=autoencoder.decoder.conv_out.weight)
+    target = heads.standardize(*align.teacher_tokens(teacher, x, 224))
+    (loss + align.align_loss(*heads(z), *target)[0]).backward()
+    vae.hinge_d_loss(discriminator(x), discriminator(rec.detach())).backward()
+    assert vae.psnr(x, rec).is_meta and vae.ssim(x, rec).is_meta and posterior.kl().is_meta
+    assert train.on_meta(align.SegmentationHead(24, 5))(empty(2, 24, 4, 4)).is_meta
+    assert train.on_meta(align.DepthHead(24))(empty(2, 24, 4, 4), empty(2, 24)).is_meta
+    z = empty(2, 4, 8, 8)
+    for module, samplers in ((sit, sit.ODE_SAMPLERS + sit.SDE_SAMPLERS), (dit, ("ddpm", "ddim"))):
+        net = train.on_meta(module.create(f"{module.__name__[0].upper()}iT-S/2", input_size=8, num_classes=5))
+        t = empty(2) if module is sit else y
+        module.training_loss(net, z, y, t=t, eps=z).mean().backward()
+        for name in samplers:
+            if name != "dopri5":                                                 # which looks at the error of its steps
+                out = module.sample(net, z, y, sampler=name, num_steps=3, cfg_scale=2.0, noise=lambda i: z)
+                assert autoencoder.decode(autoencoder.denormalize(out)).sample.is_meta
+    features = train.on_meta(fid.InceptionV3())(x)
+    assert all(part.is_meta for part in features)
 
 
 @pytest.mark.parametrize("kind", [signal.SIGTERM, signal.SIGKILL])
@@ -2344,7 +2608,8 @@ def lpips_cache(tmp_path_factory):
 GAN = ["--perceptual-weight", 1, "--disc-weight", 0.5, "--disc-start", 1]
 
 
-@pytest.mark.parametrize("stage, options", [("vae", GAN), ("align", [*GAN, "--align-adaptive"]), ("sit", []), ("dit", [])])
+@pytest.mark.parametrize("stage, options", [
+    ("vae", GAN), ("align", [*GAN, "--align-adaptive"]), ("sit", []), ("dit", [])])
 def test_two_processes_train_like_one(whole, tmp_path, lpips_cache, stage, options):
     """In float64: all networks and optimisers agree to rounding, with the discriminator's batch norm and the adaptive
     weights of both losses. Two nodes with a process each are two processes, too."""

@@ -823,6 +823,8 @@ class Run:
             for name, part in parts.items():
                 part.load_state_dict(state[name])
         if process()[0] == 0:                                                    # lines after the checkpoint come again
+            for path in folder.glob(".checkpoint.pt.*.tmp"):                     # of a save that was killed
+                path.unlink()
             lines = [line for line in self.lines() if line["step"] <= self.step]
             with atomic_file(folder / "log.jsonl") as file:
                 file.write("".join(json.dumps(line) + "\n" for line in lines).encode())
@@ -921,21 +923,18 @@ class Run:
     def means(self):
         """Means since the last line, over all processes, of steps that were finite. Stops where more than
         --skip-nonfinite were not, and names the first."""
-        values = [value for _, scalars in self.pending for value in scalars.values()]
-        values = iter(torch.stack([v.to(device_of_process()) for v in values]).tolist())      # the only wait
+        values = [value.to(device_of_process()) for _, scalars in self.pending for value in scalars.values()]
+        values = iter(torch.stack(values).tolist())                              # waits for the device, here alone
         steps = [(step, {name: next(values) for name in scalars}) for step, scalars in self.pending]
         wrong = [(step, scalars) for step, scalars in steps if not all(map(math.isfinite, scalars.values()))]
-        sums = {}
-        for _, scalars in steps:
-            for name in scalars:
-                sums.setdefault(name, [0.0, 0])
-        for scalars in (scalars for step in steps if step not in wrong for scalars in step[1:]):
-            for name, value in scalars.items():
-                sums[name] = [sums[name][0] + value, sums[name][1] + 1]
+        finite = [scalars for step, scalars in steps if step not in dict(wrong)]
+        names = dict.fromkeys(name for _, scalars in steps for name in scalars)
+        sums = {name: (sum(scalars.get(name, 0.0) for scalars in finite), sum(name in scalars for scalars in finite))
+                for name in names}
         if self.group is not None:
             every = [None] * process()[2]
             dist.all_gather_object(every, (sums, wrong), group=self.group)
-            sums = {name: [sum(part[name][i] for part, _ in every) for i in (0, 1)] for name in sums}
+            sums = {name: [sum(part[name][i] for part, _ in every) for i in (0, 1)] for name in names}
             wrong = max((part for _, part in every), key=len)
         self.pending, self.nonfinite = [], self.nonfinite + len(wrong)
         if wrong:

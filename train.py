@@ -43,7 +43,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -536,7 +536,8 @@ class ImageFolder:
             try:
                 return center_crop(read_rgb(io.BytesIO(self.read(name))), self.size), label
             except Exception as error:                                           # Pillow and zipfile raise many kinds
-                said, bad = f"{self.path}: {name} cannot be read ({error})", self.bad_names()
+                reason = "no image" if isinstance(error, UnidentifiedImageError) else error
+                said, bad = f"{self.path}: {name} cannot be read ({reason})", self.bad_names()
             if name not in bad and len(bad) >= self.max_bad:
                 raise DataError(f"{said}: mend or remove it, or pass over more than --max-bad {self.max_bad}")
             if name not in bad:

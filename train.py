@@ -1801,7 +1801,7 @@ def train_diffusion(cfg):
     run.summary()
 
 
-SAMPLERS = {"sit": dict(sampler="heun", num_steps=25), "dit": dict(sampler="ddpm", num_steps=100)}
+SAMPLERS = {"sit": dict(sampler="heun", num_steps=10), "dit": dict(sampler="ddpm", num_steps=100)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

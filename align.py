@@ -561,22 +561,34 @@ def estimate_depth(dinov2, head, x):
 # ---------------------------------------------------------------------------------------------------------------------
 # Pictures
 
+def principal_axes(x, count):
+    """x (N, D) -> its mean (D,) and the directions (D, count) of largest variance, each with a positive sum; float64."""
+    mean = x.double().mean(0)
+    axes = torch.linalg.eigh((x.double() - mean).T @ (x.double() - mean))[1].flip(1)[:, :count]
+    return mean, axes * torch.where(axes.sum(0) < 0, -1.0, 1.0)
+
+
 def principal_components(x, count):
-    """x (N, D) -> (N, count): centred, on the directions of largest variance, each with the sign of its sum."""
-    x = x.double() - x.double().mean(0)
-    components = torch.linalg.eigh(x.T @ x)[1].flip(1)[:, :count]                # (D, count), largest variance first
-    return x @ (components * torch.where(components.sum(0) < 0, -1.0, 1.0))
+    """x (N, D) -> (N, count): centred, on its principal axes."""
+    mean, axes = principal_axes(x, count)
+    return (x.double() - mean) @ axes
 
 
-def pca_rgb(features):
+def pca_colors(features):
+    """What pca_rgb needs of features (M, D, gh, gw): their mean (D,), first three principal axes (D, 3), and the range
+    (3,), (3,) along these, without the outer hundredths."""
+    x = features.movedim(1, -1).flatten(0, -2)                                   # (M gh gw, D)
+    mean, axes = principal_axes(x, 3)
+    along = ((x.double() - mean) @ axes).sort(dim=0).values
+    return mean, axes, along[len(x) // 100], along[-1 - len(x) // 100]
+
+
+def pca_rgb(features, colors=None):
     """Features (N, D, gh, gw) -> (N, 3, gh, gw) in [0, 1]: first three principal components over all N as colours. Maps
-    that shall share their colours go in together."""
-    N, D, gh, gw = features.shape
-    x = principal_components(features.permute(0, 2, 3, 1).reshape(-1, D), 3)
-    x_sorted = x.sort(dim=0).values
-    low, high = x_sorted[len(x) // 100], x_sorted[-1 - len(x) // 100]            # the outer hundredths are cut
-    x = ((x - low) / (high - low).clamp(min=1e-12)).clamp(0, 1)
-    return x.float().reshape(N, gh, gw, 3).permute(0, 3, 1, 2)
+    that shall share their colours go in together, or with the `colors` = pca_colors(...) of some of them."""
+    mean, axes, low, high = pca_colors(features) if colors is None else colors
+    along = (features.movedim(1, -1).double() - mean) @ axes                     # (N, gh, gw, 3)
+    return ((along - low) / (high - low).clamp(min=1e-12)).clamp(0, 1).float().movedim(-1, 1)
 
 
 def mask_palette(num_classes):

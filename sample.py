@@ -1,22 +1,31 @@
-"""Sample a trained run: images in ADM's .npz and a picture; masks, depth and features of the generated latents.
+"""Sample a trained run or published weights; read masks, depth and features off the latents; show how it works.
 
     python sample.py --run runs/scenes/aligned --num 60 --out samples.npz --tasks segmentation depth features
-    torchrun --nproc_per_node=8 -- sample.py --run runs/NAME --num 50000 --out samples.npz
+    python sample.py --model SiT-XL/2 --ckpt SiT-XL-2-256.pt --vae FOLDER --classes 207 360 --num 8 --out cats.npz
+    torchrun --nproc_per_node=8 -- sample.py --run runs/NAME --num 50000 --cfg-scale 1.5 --out samples.npz
+    python sample.py --run runs/NAME --trajectory --out trajectory.png
+    python sample.py --run runs/NAME --interpolate 0 3 --out between.png
     python sample.py --reconstruct images.zip --vae FOLDER --out rec.npz
 
 The "--" keeps torchrun from reading --run and --num as abbreviations of its own flags.
 
-Image i has label i mod num_classes and noise that depends on (seed, i) alone: up to float rounding it is the same in
-any batch, on any number of processes. samples.npz holds arr_0 (N, H, W, 3) uint8 and arr_1 (N,) labels; samples.png
-shows some of them. --reconstruct passes images through the autoencoder instead: rec.npz and rec-originals.npz are what
-rFID compares, rec.json has PSNR, SSIM and LPIPS, rec.png shows some.
+Image i is a function of (seed, i) and the options: up to float rounding it is the same in any batch, on any number of
+processes, also after a kill; the same command goes on where it stopped. samples.npz holds arr_0 (N, H, W, 3) uint8 and
+arr_1 (N,) labels; --out DIR and --out X.zip get PNG files and X-labels.npy instead. Beside it: .png shows some, .json
+has the options, -tasks.npz what was read off the latents, -tasks.png shows that. --reconstruct passes images through
+the autoencoder instead: rec.npz and rec-originals.npz are what rFID compares, rec.json has PSNR, SSIM and LPIPS.
 """
 import argparse
+import contextlib
+import copy
 import hashlib
+import inspect
 import json
 import math
 import os
+import shutil
 import sys
+import time
 import zipfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -103,22 +112,29 @@ def to_float(images, device):
     return images.to(device, non_blocking=True).to(torch.get_default_dtype()) / 127.5 - 1
 
 
-def sheet(columns, scale=2, gap=2, legend=None):
-    """PIL image of columns side by side: {title: images (rows, per_row, 3, H, W), uint8 or in [0, 1]}; below, a legend
-    {name: colour in [0, 1]}."""
+def sheet(columns, scale=None, gap=2, legend=None, rows=()):
+    """PIL image of columns side by side: {title: images (rows, per_row, 3, H, W), uint8 or in [0, 1]}, enlarged to at
+    least 64 pixels; left of them the names of the rows, below them a legend {name: colour in [0, 1]}."""
     font, parts = ImageFont.load_default(13), []
     for title, images in columns.items():
         if images.dtype != torch.uint8:
             images = (images * 255).round().to(torch.uint8)
-        rows, per_row, _, H, W = images.shape
+        num_rows, per_row, _, H, W = images.shape
+        scale = scale or max(1, 64 // W)
         images = F.pad(images, (0, gap, 0, gap), value=255)
-        page = images.permute(0, 3, 1, 4, 2).reshape(rows * (H + gap), per_row * (W + gap), 3).cpu().numpy()
+        page = images.permute(0, 3, 1, 4, 2).reshape(num_rows * (H + gap), per_row * (W + gap), 3).cpu().numpy()
         picture = Image.fromarray(page).resize((page.shape[1] * scale, page.shape[0] * scale), Image.NEAREST)
         width = max(picture.width, math.ceil(font.getlength(title)) + 8)
         part = Image.new("RGB", (width, picture.height + 20), "white")
         part.paste(picture, (0, 20))
         ImageDraw.Draw(part).text((2, 2), title, fill="black", font=font)
         parts.append(part)
+    if rows:
+        part = Image.new("RGB", (math.ceil(max(map(font.getlength, rows))) + 2, parts[0].height), "white")
+        for k, name in enumerate(rows):
+            middle = 20 + (k + 0.5) * scale * (H + gap) - gap
+            ImageDraw.Draw(part).text((2, middle), name, fill="black", font=font, anchor="lm")
+        parts.insert(0, part)
     width, height = sum(p.width for p in parts) + 12 * (len(parts) - 1), max(p.height for p in parts)
     places, left, top = [], 0, height + 6
     for name in legend or ():
@@ -164,17 +180,25 @@ def legend_of(masks, classes):
 
 
 def by_class(images, labels, num_classes, per_row):
-    """(classes, row, ...) images of the first num_classes classes that have any: per_row, or what the smallest has."""
-    counts = torch.bincount(labels, minlength=num_classes)[:num_classes]
-    per_row = min(per_row, int(counts[counts > 0].min()))
-    rows = [torch.nonzero(labels == k).flatten()[:per_row] for k in range(num_classes) if counts[k]]
-    return images[torch.stack(rows)]
+    """(classes, row, ...) images of the num_classes most frequent classes, in order: per_row, or what the smallest
+    has; and which classes these are."""
+    counts = torch.bincount(labels)
+    classes = counts.argsort(descending=True, stable=True)[:num_classes]
+    classes = classes[counts[classes] > 0].sort().values.tolist()
+    per_row = min(per_row, min(int(counts[k]) for k in classes))
+    return images[torch.stack([torch.nonzero(labels == k).flatten()[:per_row] for k in classes])], classes
 
 
 def save_picture(picture, path):
     """Write a PIL picture as PNG."""
     with atomic_file(path) as file:
         picture.save(file, format="PNG")
+
+
+def write_json(value, path):
+    """Write JSON, whole or not at all."""
+    with atomic_file(path) as file:
+        file.write((json.dumps(value, indent=2) + "\n").encode())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -196,39 +220,82 @@ def autoencoder_folder(run):
     return next((run / name for name in ("align", "vae") if (run / name / "config.json").is_file()), run / "vae")
 
 
-def checksum(folder):
-    """sha256 of the weights of an autoencoder's folder; stops where there are none."""
-    for name in ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin"):
-        if (folder / name).is_file():
-            with open(folder / name, "rb") as file:
-                return hashlib.file_digest(file, "sha256").hexdigest()
-    stop(f"{folder}/diffusion_pytorch_model.safetensors (or .bin) not found: want the folder of an autoencoder")
+def checksum(path):
+    """sha256 of a file of weights, or of the one in an autoencoder's folder; stops where there is none."""
+    names = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
+    for file in (path, *(path / name for name in names)):
+        if file.is_file():
+            with open(file, "rb") as opened:
+                return hashlib.file_digest(opened, "sha256").hexdigest()
+    stop(f"{path}/{names[0]} (or .bin) not found: want the folder of an autoencoder")
 
 
-def autoencoder_of(run, family):
-    """The folder of the autoencoder whose latents a run's stage sit or dit was trained on; stops if it has changed."""
-    settings = json.loads((run / family / "settings.json").read_text())
-    folder = Path(settings["vae"]) if Path(settings["vae"]).is_dir() else run / Path(settings["vae"]).name
-    if checksum(folder) != settings["autoencoder"]:
-        stop(f"{folder} is not the autoencoder that {run / family} was trained with: put that one back")
-    return folder
-
-
-def objective_of(run, family):
-    """What the model of a run's stage was trained to predict, as options of its sampler."""
-    settings = json.loads((run / family / "settings.json").read_text())
-    return {name: settings[name] for name in ("path", "prediction") if name in settings}
-
-
-def load_diffusion(run, family):
-    """(module, network) of a run's stage sit or dit, with EMA weights."""
+def load_run(run, family):
+    """A run's stage sit or dit, with EMA weights, and the autoencoder whose latents it was trained on, as an object:
+    `module`, `model`, `vae`, `folder` (the autoencoder's), `objective` (what the model predicts, as options of its
+    sampler), `classes` (names) and `weights` (of what: sha256). Stops where something is missing or has changed."""
     folder = run / family
     if not (folder / "ema.safetensors").is_file():
         stop(f"{folder}/ema.safetensors not found: run train.py --stage {family} --out {run} first")
-    module, network = FAMILIES[family]
+    settings, (module, network) = json.loads((folder / "settings.json").read_text()), FAMILIES[family]
     model = network(**json.loads((folder / "config.json").read_text()))
-    model.load_state_dict(load_weights(folder / "ema.safetensors"))
-    return module, model.eval()
+    try:
+        load_strict(model, load_weights(folder / "ema.safetensors"), folder / "ema.safetensors")
+    except ValueError as error:
+        stop(error)
+    vae = Path(settings["vae"]) if Path(settings["vae"]).is_dir() else run / Path(settings["vae"]).name
+    if checksum(vae) != settings["autoencoder"]:
+        stop(f"{vae} is not the autoencoder that {folder} was trained with: put that one back")
+    return SimpleNamespace(
+        module=module, model=model.eval(), vae=load_autoencoder(vae), folder=vae,
+        objective={name: settings[name] for name in ("path", "prediction") if name in settings},
+        classes=settings.get("classes") or [str(k) for k in range(model.num_classes)],
+        weights={"transformer": checksum(folder / "ema.safetensors"), "autoencoder": settings["autoencoder"]})
+
+
+def transformer_weights(path):
+    """State dict of a file: .safetensors, a bare .pt, or the average ("ema", else "model") of a training checkpoint of
+    the official SiT or DiT, whose other contents, an argparse.Namespace among them, are plain too."""
+    if path.suffix == ".safetensors" or not path.is_file():
+        return load_weights(path)
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            weights = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:                                                   # damaged bytes raise almost anything
+        raise ValueError(f"{path} cannot be read ({str(error).splitlines()[0]}): fetch the file anew") from None
+    if isinstance(weights, dict):
+        weights = next((weights[name] for name in ("ema", "model") if isinstance(weights.get(name), dict)), weights)
+    if not isinstance(weights, dict) or not all(map(torch.is_tensor, weights.values())):
+        raise ValueError(f"{path} is no state dict: want the weights of a SiT or DiT")
+    return {name.removeprefix("module."): value for name, value in weights.items()}
+
+
+def load_published(name, path, vae):
+    """What load_run gives, for a transformer "SiT-XL/2" or "DiT-XL/2" with weights from a file, and an autoencoder's
+    folder or file. The name tells depth, width and heads; the shapes of the weights tell the rest. Stops with one line
+    for what does not fit together."""
+    family = name.partition("-")[0].lower()
+    module, network = FAMILIES.get(family, FAMILIES["sit"])                      # another name is refused below
+    autoencoder = load_autoencoder(vae)
+    try:
+        weights, config = transformer_weights(path), module.size_arguments(name, network.__name__)
+        try:
+            (_, in_channels, patch, _), rows = (weights[f"{key}.weight"].shape for key in (
+                "x_embedder.proj", "y_embedder.embedding_table"))
+            tokens, out = weights["pos_embed"].shape[1], weights["final_layer.linear.weight"].shape[0]
+        except (KeyError, ValueError):
+            raise ValueError(f"{path} does not hold the weights of a {network.__name__}") from None
+        model = network(**config, input_size=math.isqrt(tokens) * patch, in_channels=in_channels,
+                        num_classes=rows[0] - 1, learn_sigma=out == 2 * in_channels * patch ** 2)
+        load_strict(model, weights, path)
+    except (FileNotFoundError, ValueError) as error:
+        stop(f"--model {name}: {error}")
+    if autoencoder.config["latent_channels"] != in_channels:
+        stop(f"{vae} has latents of {autoencoder.config['latent_channels']} channels, {path} wants {in_channels}: "
+             "give --vae the autoencoder that it was trained with")
+    return SimpleNamespace(module=module, model=model.eval(), vae=autoencoder, folder=vae, objective={},
+                           classes=[str(k) for k in range(model.num_classes)],
+                           weights={"transformer": checksum(path), "autoencoder": checksum(vae)})
 
 
 def load_lpips():
@@ -309,104 +376,479 @@ def read_latents(heads, task_heads, z, size):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Arrays on disk, filled by all processes, and what they become
+
+class Rows:
+    """Arrays on disk of which every process fills some rows, in a hidden folder beside `out`, with a mark for every row
+    that is done: a killed program goes on from there.
+
+    shape: rows, in one or more dimensions; put() counts them through. arrays: name=(shape of a row, dtype). options:
+    what the rows depend on; stops where the folder holds rows of others. All the disk space is taken at once, so that
+    a full disk shows before any work.
+    """
+
+    def __init__(self, out, shape, options, **arrays):
+        self.folder, path = out.with_name(f".{out.name}.partial"), out.with_name(f".{out.name}.partial") / "options.json"
+        options, arrays = json.loads(json.dumps(options)), dict(arrays, done=((), bool))
+        if process()[0] == 0 and path.is_file():
+            differ(json.loads(path.read_text()), options, self.folder)
+        elif process()[0] == 0:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            try:
+                self.folder.mkdir(parents=True)
+                for name, (row, dtype) in arrays.items():
+                    np.lib.format.open_memmap(self.path(name), "w+", dtype, (*shape, *row))
+                    if hasattr(os, "posix_fallocate"):                           # not on macOS
+                        with open(self.path(name), "r+b") as file:
+                            os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
+                write_json(options, path)
+            except OSError as error:
+                shutil.rmtree(self.folder, ignore_errors=True)
+                stop(f"{self.folder} cannot be written ({error.strerror}): make room there or choose another --out")
+        barrier()
+        self.arrays = {name: np.load(self.path(name), mmap_mode="r+") for name in arrays}
+        self.count, self.pending, self.flushed = math.prod(shape), [], time.monotonic()
+        self.todo = np.flatnonzero(~self.arrays["done"].reshape(-1))
+        barrier()                                                                # before anyone marks a row
+
+    def path(self, name):
+        return self.folder / f"{name}.npy"
+
+    def batches(self, size):
+        """This process' share of the batches that are not done. How the rows are cut into batches does not depend on
+        the number of processes nor on what is done already."""
+        rank, _, world_size = process()
+        starts = np.array_split(np.unique(self.todo // size) * size, world_size)[rank]
+        return [np.arange(start, min(start + size, self.count)) for start in starts.tolist()]
+
+    def put(self, rows, **values):
+        """Write numpy arrays (len(rows), ...); now and then, what is written goes to the disk and is marked as done."""
+        for name, value in values.items():
+            array = self.arrays[name]
+            array.reshape(self.count, *value.shape[1:])[rows] = value
+        self.pending.append(rows)
+        if time.monotonic() > self.flushed + 1:
+            self.flush()
+
+    def flush(self):
+        """First what is done, then the mark that it is."""
+        for name in [name for name in self.arrays if name != "done"]:
+            self.arrays[name].flush()
+        for rows in self.pending:
+            self.arrays["done"].reshape(-1)[rows] = True
+        self.arrays["done"].flush()
+        self.pending, self.flushed = [], time.monotonic()
+
+    def finish(self):
+        """Flush, and wait until the other processes have done so."""
+        self.flush()
+        barrier()
+
+    def remove(self):
+        shutil.rmtree(self.folder)
+
+
+def differ(before, now, place):
+    """Stop where the options of what is at `place` are others."""
+    for name in before.keys() | now.keys():
+        if before.get(name) != now.get(name):
+            stop(f"{place} has {name} = {before.get(name)}, not {now.get(name)}: choose another --out, or delete it")
+
+
+def is_done(cfg, options):
+    """Whether --out is there, of these options; stops where it is of others."""
+    if not cfg.out.exists():
+        return False
+    path = cfg.out.with_suffix(".json")
+    if not path.is_file():
+        stop(f"--out {cfg.out} exists: choose another name or delete it")
+    differ(json.loads(path.read_text()), json.loads(json.dumps(options)), cfg.out)
+    if process()[0] == 0:
+        print(f"{cfg.out} is done already")
+    return True
+
+
+def pack(path, **files):
+    """Write an uncompressed .npz of .npy files {entry: path}, never holding one in memory."""
+    with atomic_file(path) as file, zipfile.ZipFile(file, "w") as archive:
+        for name, source in files.items():
+            archive.write(source, f"{name}.npy")
+
+
+def beside(path, ending):
+    """samples.npz, samples.zip or the folder samples, and "-tasks.png" -> samples-tasks.png."""
+    return path.with_name(path.stem + ending)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Sampling
 
-def noise_of(seed, index, step, shape):
-    """Standard normal noise of image `index` at a sampler's step, float32: a function of its arguments alone."""
-    key = int(np.random.SeedSequence([seed, index, step]).generate_state(1, np.uint64)[0] >> 1)
-    return torch.randn(shape, generator=torch.Generator().manual_seed(key))
+class Noise:
+    """Standard normal noise for image numbers: noise(i), (N, *shape), is that of a sampler's step i. A function of
+    (seed, number) alone for a sampler that asks for every step once and in order; the first draw is where it starts."""
+
+    def __init__(self, seed, numbers, shape, device):
+        keys = [np.random.SeedSequence([seed, n, 0]).generate_state(1, np.uint64)[0] >> np.uint64(1) for n in numbers]
+        self.generators = [torch.Generator().manual_seed(int(key)) for key in keys]
+        self.shape, self.device, self.pinned = shape, device, device.type == "cuda"
+
+    def __call__(self, step=0):
+        noise = torch.empty(len(self.generators), *self.shape, dtype=torch.float32, pin_memory=self.pinned)
+        for generator, row in zip(self.generators, noise):
+            torch.randn(self.shape, generator=generator, out=row)
+        return noise.to(self.device, torch.get_default_dtype(), non_blocking=True)
 
 
 @torch.no_grad()
-def generate(module, model, vae, indices, labels, seed, device, **options):
-    """Latents (N, C, h, w) of the autoencoder and images (N, 3, H, W) in [-1, 1] for image numbers and their labels."""
-    shape = (model.in_channels, model.input_size, model.input_size)
-
-    def noise(step):
-        return torch.stack([noise_of(seed, i, step, shape) for i in indices]).to(device)
-
-    z = module.sample(model, noise(0), labels.to(device), noise=lambda step: noise(1 + step), **options)
-    z = vae.denormalize(z)
-    return z, vae.decode(z).sample
+def generate(module, model, numbers, labels, seed, device, **options):
+    """Latents (N, C, h, w), as the model sees them, of image numbers and their labels."""
+    noise = Noise(seed, numbers, (model.in_channels, model.input_size, model.input_size), device)
+    return module.sample(model, noise(), labels.to(device), noise=noise, **options)
 
 
-def task_sheet(tasks, images, latents, labels, heads, task_heads):
-    """Picture of images (N, 3, H, W) uint8 beside what the heads read off their latents (N, C, h, w), a row a class."""
-    rows = by_class(torch.arange(len(images)), labels, 10, 6)
-    columns, flat, size, legend = {"generated": images[rows]}, latents[rows.flatten()], images.shape[-1], None
-    if task_heads is not None:
-        masks, depth = read_latents(heads, task_heads, flat, size)
-    if "segmentation" in tasks:
-        columns["mask"] = align.colorize_mask(masks, len(task_heads.classes)).unflatten(0, rows.shape)
-        legend = legend_of(masks, task_heads.classes)
-    if "depth" in tasks:
-        columns["depth"] = align.colorize_depth(depth).unflatten(0, rows.shape)
-    if "features" in tasks:
-        with torch.no_grad():
-            rgb = F.interpolate(align.pca_rgb(heads.feature_map(flat)), size=(size, size), mode="nearest")
-        columns["features (PCA)"] = rgb.unflatten(0, rows.shape)
-    return sheet(columns, legend=legend)
+@torch.no_grad()
+def decode(vae, z, batch_size=8):
+    """Images (N, 3, H, W) uint8 of latents (N, C, h, w) as the model sees them, `batch_size` at once."""
+    return torch.cat([to_uint8(vae.decode(vae.denormalize(part)).sample) for part in z.split(batch_size)])
 
 
-def sample_all(cfg, module, model, vae, device):
-    """All images (N, 3, H, W) uint8, their latents (N, C, h, w) and labels (N,), on rank 0; None on the others."""
-    rank, _, world_size = process()
-    options = dict(objective_of(cfg.run, cfg.family), sampler=cfg.sampler, num_steps=cfg.num_steps,
-                   cfg_scale=cfg.cfg_scale, cfg_interval=tuple(cfg.cfg_interval), cfg_channels=cfg.cfg_channels)
-    mine, parts = torch.arange(rank, cfg.num, world_size), []
-    with progress(len(mine), f"sample {cfg.run}", "image") as bar:
-        for indices in mine.split(cfg.batch_size):
-            labels = indices % model.num_classes
-            try:
-                z, x = generate(module, model, vae, indices.tolist(), labels, cfg.seed, device, **options)
-            except ValueError as error:
-                stop(error)
-            parts.append((to_uint8(x).cpu(), z.cpu(), labels, indices))
-            bar.update(len(indices))
-    parts = [torch.cat(part) for part in zip(*parts)]
-    if world_size > 1:
-        gathered = [None] * world_size
-        dist.gather_object(parts, gathered if rank == 0 else None)
-        if rank > 0:
-            return None
-        parts = [torch.cat(part) for part in zip(*gathered)]
-    order = parts.pop().argsort()
-    return [part[order] for part in parts]
+def labels_of(classes, numbers, num_classes, seed):
+    """Labels (N,) of image numbers: "balanced" counts through the classes, "random" draws one for every number, a list
+    is gone through again and again."""
+    if classes == "balanced":
+        return torch.tensor([number % num_classes for number in numbers])
+    if classes == "random":
+        keys = (np.random.SeedSequence([seed, number, 1]).generate_state(1, np.uint64)[0] for number in numbers)
+        return torch.tensor([int(key % np.uint64(num_classes)) for key in keys])
+    return torch.tensor([classes[number % len(classes)] for number in numbers])
+
+
+def parse_classes(words, names):
+    """--classes as labels_of wants it: "balanced", "random", or numbers; a word may be a class' name. Stops for others.
+    The number behind the last class stands for no label."""
+    if words in (["balanced"], ["random"]):
+        return words[0]
+    for word in words:
+        if word not in names and not (word.isdecimal() and int(word) <= len(names)):
+            stop(f"--classes {word}: want balanced, random, numbers from 0 to {len(names)} (which is no label), or names "
+                 f"of classes, such as {names[0]!r}")
+    return [names.index(word) if word in names else int(word) for word in words]
+
+
+def sampler_options(cfg, source):
+    """All options of the family's sampler: its defaults, what the model was trained for, the flags. Stops for an option
+    that it does not have, and for values that it refuses."""
+    signature = inspect.signature(source.module.trajectory).parameters
+    options = {name: p.default for name, p in signature.items() if p.default is not p.empty}
+    for name in ("noise", "reverse"):
+        del options[name]
+    given = {name: getattr(cfg, name) for name in SAMPLER_FLAGS if getattr(cfg, name) is not None}
+    for name, value in given.items():
+        flag = f"--{name.replace('num_steps', 'steps').replace('_', '-')}"
+        if name not in options:
+            stop(f"{flag} is no option of {source.module.__name__}.py's samplers")
+        if source.objective.get(name, value) != value:
+            stop(f"{flag} {value}: the model was trained with {source.objective[name]}")
+        if name == "num_steps" and source.module is sit and not isinstance(value, int):
+            stop(f"{flag} {value}: SiT wants a number")
+    options = {**options, **source.objective, **given}
+    options["cfg_interval"] = tuple(options["cfg_interval"])
+    if options.get("last_step") == "none":
+        options["last_step"] = None
+
+    def silent(x, t, y):
+        return x.new_zeros(len(x), source.model.out_channels, *x.shape[2:])
+
+    silent.num_classes = source.model.num_classes
+    try:                                                                         # the first step says what is wrong
+        next(source.module.trajectory(silent, torch.zeros(1, source.model.in_channels, 1, 1), torch.tensor([0]),
+                                      **options))
+    except ValueError as error:
+        stop(error)
+    return options
+
+
+def load_source(cfg, device):
+    """What --run, or --model, --ckpt and --vae, name: see load_run. In --precision, on the device."""
+    source = load_run(cfg.run, cfg.family) if cfg.run else load_published(cfg.model, cfg.ckpt, cfg.vae)
+    source.options = sampler_options(cfg, source)
+    source.labels = parse_classes(cfg.classes, source.classes)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = cfg.precision == "tf32"
+    if cfg.precision == "fp64":
+        torch.set_default_dtype(torch.float64)
+    source.model, source.vae = (net.to(device, torch.get_default_dtype()) for net in (source.model, source.vae))
+    return source
+
+
+def autocast(cfg, device):
+    """bfloat16 for the transformer, with --precision bf16. The decoder never: it would add noise to the grey levels."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=cfg.precision == "bf16")
+
+
+@contextlib.contextmanager
+def timed(seconds, name, device):
+    """Add the time that the block takes on its device to seconds[name]."""
+    def now():
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter()
+
+    start = now()
+    yield
+    seconds[name] = seconds.get(name, 0.0) + now() - start
+
+
+def sample_all(cfg, source, work, device):
+    """Fill `work` with images, and with latents where it has a place for them."""
+    seconds, start = {"model": 0.0, "decoder": 0.0}, time.perf_counter()
+    batches = work.batches(cfg.batch_size)
+    total, left = math.ceil(work.count / process()[2]), sum(map(len, batches))
+    with progress(total, f"sample {cfg.run or cfg.model}", "image", max(0, total - left)) as bar:
+        for numbers in batches:
+            labels = labels_of(source.labels, numbers.tolist(), source.model.num_classes, cfg.seed)
+            with timed(seconds, "model", device), autocast(cfg, device):
+                z = generate(source.module, source.model, numbers.tolist(), labels, cfg.seed, device, **source.options)
+            with timed(seconds, "decoder", device):
+                images = decode(source.vae, z, cfg.decode_batch_size)
+            values = {"images": images.permute(0, 2, 3, 1), "latents": source.vae.denormalize(z)}
+            work.put(numbers, **{name: x.cpu().numpy() for name, x in values.items() if name in work.arrays})
+            bar.update(len(numbers))
+    work.finish()
+    total = time.perf_counter() - start
+    if process()[0] == 0 and batches:
+        shares = ", ".join(f"{name} {value / total:.1%}" for name, value in seconds.items())
+        print(f"{left} images by this process in {total:.1f} s: {shares}, else {1 - sum(seconds.values()) / total:.1%}")
+
+
+def load_readers(cfg, source, device):
+    """The MLPs and the heads for --tasks; stops where one is missing or does not fit."""
+    heads, task_heads = load_heads(source.folder).to(device, torch.get_default_dtype()), None
+    if set(cfg.tasks) != {"features"}:
+        task_heads = load_task_heads(cfg.heads or [json.loads((source.folder / "settings.json").read_text())["teacher"]])
+        for name in {"segmentation", "depth"} & set(cfg.tasks):
+            if getattr(task_heads, name) is None:
+                stop(f"--tasks {name}: no head for it in {cfg.heads or 'the folder of the teacher'}: see --heads")
+        for name in ("segmentation", "depth"):
+            wanted = name in cfg.tasks
+            setattr(task_heads, name, getattr(task_heads, name).to(device, torch.get_default_dtype()) if wanted else None)
+        z = torch.zeros(1, heads.config["latent_channels"], *2 * [source.model.input_size], device=device)
+        try:                                                                     # say now what does not fit
+            read_latents(heads, task_heads, z, 32)
+        except ValueError as error:
+            stop(error)
+    return heads, task_heads
+
+
+@torch.no_grad()
+def read_all(cfg, latents, size, heads, task_heads, device):
+    """-tasks.npz from latents (N, C, h, w) on disk: `segmentation` (N, H, W) class numbers, `depth` (N, H, W) metres or
+    what the head was trained with, `features` (N, gh, gw, 3) uint8, principal components as colours, which are those of
+    the first 100 images. All processes work on it."""
+    def rows(numbers):
+        return torch.from_numpy(latents[numbers]).to(device)
+
+    first = heads.feature_map(rows(np.arange(min(100, len(latents)))))
+    colors, shapes = align.pca_colors(first), {}
+    if task_heads and task_heads.segmentation:
+        shapes["segmentation"] = (size, size), np.uint8 if len(task_heads.classes) <= 256 else np.int16
+    if task_heads and task_heads.depth:
+        shapes["depth"] = (size, size), np.float32
+    if "features" in cfg.tasks:
+        shapes["features"] = (*first.shape[2:], 3), np.uint8
+    path = beside(cfg.out, "-tasks.npz")
+    work = Rows(path, (len(latents),), {}, **shapes)
+    with progress(work.count, f"read {', '.join(cfg.tasks)}", "image", work.count - len(work.todo)) as bar:
+        for numbers in work.batches(cfg.batch_size):
+            z, found = rows(numbers), {}
+            if task_heads is not None:
+                found["segmentation"], found["depth"] = read_latents(heads, task_heads, z, size)
+            if "features" in cfg.tasks:
+                rgb = align.pca_rgb(heads.feature_map(z), colors)
+                found["features"] = (rgb * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
+            work.put(numbers, **{name: x.cpu().numpy() for name, x in found.items() if x is not None})
+            bar.update(len(numbers))
+    work.finish()
+    if process()[0] == 0:
+        pack(path, **{name: work.path(name) for name in shapes})
+    return work
+
+
+def task_sheet(images, found, labels, names, classes):
+    """Picture of images (N, H, W, 3) beside what was read off their latents, a row a class; `classes`: the segments."""
+    rows, shown = by_class(torch.arange(len(labels)), labels, 10, 6)
+    size, legend = images.shape[1], None
+
+    def picture(array):
+        return torch.from_numpy(array[rows.flatten().numpy()])
+
+    columns = {"generated": picture(images).permute(0, 3, 1, 2)}
+    if "segmentation" in found:
+        masks = picture(found["segmentation"]).long()
+        columns["mask"], legend = align.colorize_mask(masks, len(classes)), legend_of(masks, classes)
+    if "depth" in found:
+        columns["depth"] = align.colorize_depth(picture(found["depth"]))
+    if "features" in found:
+        rgb = picture(found["features"]).permute(0, 3, 1, 2)
+        columns["features (PCA)"] = F.interpolate(rgb, size=(size, size), mode="nearest")
+    columns = {title: x.unflatten(0, rows.shape) for title, x in columns.items()}
+    return sheet(columns, legend=legend, rows=[names[k] for k in shown])
+
+
+def name_of(classes, label):
+    """The class' name; the label behind the last one is none."""
+    return classes[label] if label < len(classes) else "no label"
+
+
+def grid(images, labels, classes, title):
+    """Picture of images (N, H, W, 3) for people: of up to ten classes a row each, or side by side one of each."""
+    names = [name_of(classes, k) for k in range(len(classes) + 1)]
+    numbers, shown = by_class(torch.arange(len(labels)), labels, 10, 12)
+    x = torch.from_numpy(images[numbers.flatten().numpy()]).permute(0, 3, 1, 2).unflatten(0, numbers.shape)
+    if numbers.shape[1] == 1:
+        return sheet({names[k]: row[None] for k, row in zip(shown, x)})
+    return sheet({title: x}, rows=[names[k] for k in shown])
+
+
+def write_pngs(images, folder, batches):
+    """This process' images as folder/000000.png and so on."""
+    folder.mkdir(exist_ok=True)
+    for number in (number for numbers in batches for number in numbers.tolist()):
+        Image.fromarray(images[number]).save(folder / f"{number:06}.png")
+    barrier()
+
+
+def write_samples(cfg, work, labels, pngs):
+    """Rank 0: the images under their final name."""
+    if cfg.out.suffix == ".npz":
+        np.save(work.path("labels"), labels.numpy())
+        return pack(cfg.out, arr_0=work.path("images"), arr_1=work.path("labels"))
+    with atomic_file(beside(cfg.out, "-labels.npy")) as file:
+        np.save(file, labels.numpy())
+    if cfg.out.suffix == ".zip":
+        with atomic_file(cfg.out) as file, zipfile.ZipFile(file, "w") as archive:
+            for path in sorted(pngs.iterdir()):
+                archive.write(path, path.name)
+    else:
+        os.replace(pngs, cfg.out)
 
 
 def sample_run(cfg, device):
-    """Load a run, sample, and let rank 0 write the pictures and then the .npz."""
-    module, model = load_diffusion(cfg.run, cfg.family)
-    folder = autoencoder_of(cfg.run, cfg.family)
-    if cfg.tasks:
-        heads, task_heads = load_heads(folder), None
-        if set(cfg.tasks) != {"features"}:
-            task_heads = load_task_heads(cfg.heads or [json.loads((folder / "settings.json").read_text())["teacher"]])
-            for name in set(cfg.tasks) - {"features"}:
-                if getattr(task_heads, name) is None:
-                    stop(f"--tasks {name}: no head for it in {cfg.heads or 'the folder of the teacher'}: see --heads")
-            grid = model.input_size
-            try:                                                                 # say now what does not fit
-                read_latents(heads, task_heads, torch.zeros(1, heads.config["latent_channels"], grid, grid), 32)
-            except ValueError as error:
-                stop(error)
-    sampled = sample_all(cfg, module, model.to(device), load_autoencoder(folder).to(device), device)
-    if sampled is None:
+    """Sample, read the tasks, and let rank 0 write everything under its name, the images last."""
+    source = load_source(cfg, device)
+    options = {"model": cfg.model or f"{cfg.run}/{cfg.family}", **source.weights, "num": cfg.num, "seed": cfg.seed,
+               "classes": source.labels, "precision": cfg.precision, **source.options, "latents": cfg.latents,
+               "tasks": sorted(cfg.tasks), "heads": cfg.heads}
+    if is_done(cfg, options):
         return
-    images, latents, labels = sampled
-    cfg.out.parent.mkdir(parents=True, exist_ok=True)
-    picture = cfg.out.with_suffix(".png")
-    save_picture(sheet({f"samples, guidance {cfg.cfg_scale:g}": by_class(images, labels, 10, 12)}), picture)
     if cfg.tasks:
-        path = cfg.out.with_name(cfg.out.stem + "-tasks.png")
-        save_picture(task_sheet(cfg.tasks, images, latents, labels, heads, task_heads), path)
-        print(f"{', '.join(cfg.tasks)} read off the generated latents in {path}")
+        heads, task_heads = load_readers(cfg, source, device)
+    channels, side, size = source.model.in_channels, source.model.input_size, source.model.input_size * source.vae.factor
+    arrays = {"images": ((size, size, 3), np.uint8)}
+    if cfg.latents or cfg.tasks:
+        arrays["latents"] = (channels, side, side), torch.empty(0).numpy().dtype
+    work = Rows(cfg.out, (cfg.num,), options, **arrays)
+    sample_all(cfg, source, work, device)
+    images, labels = work.arrays["images"], labels_of(source.labels, range(cfg.num), source.model.num_classes, cfg.seed)
+    read = read_all(cfg, work.arrays["latents"], size, heads, task_heads, device) if cfg.tasks else None
+    pngs = work.folder / "png"
+    if cfg.out.suffix != ".npz":
+        write_pngs(images, pngs, np.array_split(np.arange(cfg.num), process()[2])[process()[0]:][:1])
+    if process()[0] > 0:
+        return
+    picture = beside(cfg.out, ".png")
+    save_picture(grid(images, labels, source.classes, f"samples, guidance {cfg.cfg_scale or 1:g}"), picture)
     if cfg.latents:
-        with atomic_file(cfg.out.with_name(cfg.out.stem + "-latents.npy")) as file:
-            np.save(file, latents.numpy())
-    with atomic_file(cfg.out) as file:                                           # last: where it is, all is done
-        np.savez(file, arr_0=images.permute(0, 2, 3, 1).numpy(), arr_1=labels.numpy())
+        with atomic_file(beside(cfg.out, "-latents.npy")) as file, open(work.path("latents"), "rb") as latents:
+            shutil.copyfileobj(latents, file)
+    if cfg.tasks:
+        names = [name_of(source.classes, k) for k in range(len(source.classes) + 1)]
+        task_picture = beside(cfg.out, "-tasks.png")
+        save_picture(task_sheet(images, read.arrays, labels, names, task_heads.classes if task_heads else ()), task_picture)
+        print(f"{', '.join(cfg.tasks)} read off the generated latents: {beside(cfg.out, '-tasks.npz')}, {task_picture}")
+        read.remove()
+    write_json(options, cfg.out.with_suffix(".json"))
+    write_samples(cfg, work, labels, pngs)                                       # last: where it is, all is done
+    work.remove()
     print(f"{cfg.num} images in {cfg.out}, a picture of them in {picture}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pictures that teach: how noise becomes an image, and what lies between two images
+
+def slerp(a, b, s):
+    """a (C, h, w) at s = 0 to b at s = 1, along the sphere on which normal noise of many dimensions lies; s (K,)."""
+    angle = torch.arccos((a * b).sum() / (a.norm() * b.norm()))
+    s = s.view(-1, 1, 1, 1)
+    return (torch.sin((1 - s) * angle) * a + torch.sin(s * angle) * b) / angle.sin()
+
+
+def with_mixed_classes(model, label_a, label_b, s):
+    """A copy of the model whose class k lies at s[k] of the way from one class' vector to the other's, in a line."""
+    model = copy.deepcopy(model)
+    table = model.y_embedder.embedding_table.weight
+    mixed = torch.lerp(table[label_a], table[label_b], s[:, None].to(table))
+    model.y_embedder.embedding_table = torch.nn.Embedding.from_pretrained(
+        torch.cat([mixed, table[model.num_classes:]]))                           # and the vector of no label
+    model.num_classes = model.y_embedder.num_classes = len(s)
+    return model
+
+
+@torch.no_grad()
+def interpolate(cfg, device):
+    """--interpolate A B: from image number A to number B, by the noise, by the class, by both; a row each."""
+    source, numbers = load_source(cfg, device), cfg.interpolate
+    model, s = source.model, torch.linspace(0, 1, cfg.num, dtype=torch.get_default_dtype())
+    label_a, label_b = labels_of(source.labels, numbers, model.num_classes, cfg.seed).tolist()
+    shape = (model.in_channels, model.input_size, model.input_size)
+    noise_a, noise_b = Noise(cfg.seed, numbers, shape, device)()
+    between, still = slerp(noise_a, noise_b, s.to(device)), noise_a.expand(cfg.num, *shape)
+    a, b = (name_of(source.classes, k) for k in (label_a, label_b))
+    mixed, fixed = with_mixed_classes(model, label_a, label_b, s), torch.full((cfg.num,), label_a, device=device)
+    walk = torch.arange(cfg.num, device=device)
+    jobs = {"noise": (model, between, fixed), "class": (mixed, still, walk), "both": (mixed, between, walk)}
+    pages = []
+    with progress(len(jobs), "interpolate", "row") as bar:
+        for network, eps, y in jobs.values() if a != b else [jobs["noise"]]:
+            drawn = Noise(cfg.seed, numbers[:1], shape, device)                  # that of image A, for all alike
+            drawn()
+            with autocast(cfg, device):
+                z = source.module.sample(network, eps, y, noise=lambda i: drawn(i).expand_as(eps), **source.options)
+            pages.append(decode(source.vae, z, cfg.decode_batch_size).cpu())
+            bar.update(1)
+    title = f"from image {numbers[0]} ({a}) to image {numbers[1]} ({b})"
+    save_picture(sheet({title: torch.stack(pages)}, rows=[*jobs][:len(pages)]), cfg.out)
+    print(f"{title}: {cfg.out}")
+
+
+@torch.no_grad()
+def draw_trajectory(cfg, device):
+    """--trajectory: images 0 to num - 1 while a sampler works, as a strip and, beside it, an animated .gif."""
+    source = load_source(cfg, device)
+    model, numbers = source.model, range(cfg.num)
+    labels = labels_of(source.labels, numbers, model.num_classes, cfg.seed)
+    noise = Noise(cfg.seed, numbers, (model.in_channels, model.input_size, model.input_size), device)
+    states = [noise()]
+    with progress(None, "sample", "step") as bar, autocast(cfg, device):
+        for z in source.module.trajectory(model, states[0], labels.to(device), noise=noise, **source.options):
+            states.append(z)
+            bar.update(1)
+    last, size = len(states) - 1, model.input_size * source.vae.factor
+    frames = sorted({round(k) for k in np.linspace(0, last, min(last + 1, 60)).tolist()})
+    strip = sorted({round(k) for k in np.linspace(0, last, min(last + 1, 9)).tolist()})
+    images = {}
+    for k in tqdm(sorted({*frames, *strip}), "decode", unit="frame", leave=False):
+        images[k] = decode(source.vae, states[k], cfg.decode_batch_size).cpu()
+    names = [name_of(source.classes, k) for k in labels.tolist()]
+    save_picture(sheet({f"step {k}": images[k][:, None] for k in strip}, rows=names), cfg.out)
+    per_row = math.ceil(math.sqrt(cfg.num))
+    pages = []
+    for k in frames:
+        padded = F.pad(images[k], (0, 0, 0, 0, 0, 0, 0, -cfg.num % per_row), value=255)
+        pages.append(sheet({f"step {k} of {last}": padded.unflatten(0, (-1, per_row))}, max(1, 128 // size)))
+    with atomic_file(cfg.out.with_suffix(".gif")) as file:
+        pages[0].save(file, format="GIF", save_all=True, append_images=pages[1:], loop=0,
+                      duration=[80] * (len(pages) - 1) + [2000])
+    print(f"{last} steps: {cfg.out}, and as an animation {cfg.out.with_suffix('.gif')}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -415,140 +857,176 @@ def sample_run(cfg, device):
 METRICS = {"psnr": psnr, "ssim": ssim, "lpips": LPIPS}
 
 
-def shared_array(path, shape):
-    """(array, its path): uint8 zeros on disk for all processes to fill, under a hidden name beside `path`."""
-    hidden = path.with_name(f".{path.stem}.npy")
-    if process()[0] == 0:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        np.lib.format.open_memmap(hidden, mode="w+", dtype=np.uint8, shape=shape)
-    barrier()
-    return np.load(hidden, mmap_mode="r+"), hidden
-
-
-def pack(hidden, path):
-    """Turn a hidden array into the .npz `path` with the one entry arr_0, never holding it in memory."""
-    with atomic_file(path) as file, zipfile.ZipFile(file, "w") as archive:
-        archive.write(hidden, "arr_0.npy")
-    hidden.unlink()
-
-
 @torch.no_grad()
-def reconstruct_all(vae, batches, arrays, start, metrics, device, bar):
-    """Write this process' images and their reconstructions into two arrays (N, H, W, 3), from row `start` on; return
-    the sum of every metric (float64). Latents are the means; the metrics see what is written, rounded to uint8."""
-    sums = torch.zeros(len(metrics), dtype=torch.float64, device=device)
-    for images in batches:
-        x = to_float(images, device)
-        rec = to_uint8(vae.decode(vae.encode(x).latent_dist.mode()).sample)
-        for measure, total in zip(metrics, sums):
-            total += measure(x, to_float(rec, device)).double().sum()
-        for array, batch in zip(arrays, (images, rec)):
-            array[start:start + len(x)] = batch.permute(0, 2, 3, 1).cpu().numpy()
-        start += len(x)
-        bar.update(len(x))
-    for array in arrays:
-        array.flush()
-    return sums
-
-
 def reconstruct(cfg, device):
-    """Images of a data set through the autoencoder: originals and reconstructions as .npz, figures and a sheet."""
+    """Images of a data set through the autoencoder: originals and reconstructions as .npz, figures and a sheet. Latents
+    are the means; the metrics see what is written, rounded to uint8."""
     import train                                                                 # here, since it imports this file
-    (rank, _, world_size), vae = process(), load_autoencoder(cfg.vae).to(device)
+    vae = load_autoencoder(cfg.vae).to(device)
     size = cfg.image_size or vae.config["sample_size"]
     if size % vae.factor or size < 16:
         stop(f"--image-size {size}: want a multiple of {vae.factor}, and at least 16")
-    metrics = [load_lpips().to(device) if name == "lpips" else METRICS[name] for name in cfg.metrics]
+    metrics = {name: load_lpips().to(device) if name == "lpips" else METRICS[name] for name in cfg.metrics}
     try:
         data = train.open_data(train.Config(data=cfg.reconstruct, image_size=size), cfg.split)
         count = min(cfg.num or len(data), len(data))
-        if count < world_size:
-            stop(f"--reconstruct {cfg.reconstruct} has {count} images for {world_size} processes: start fewer")
-        files = cfg.out.with_name(f"{cfg.out.stem}-originals.npz"), cfg.out      # the second tells that all is done
-        arrays, hidden = zip(*(shared_array(path, (count, size, size, 3)) for path in files))
-        mine = np.array_split(np.arange(count), world_size)[rank]
-        keys = [[(int(i), False) for i in mine[k:k + cfg.batch_size]] for k in range(0, len(mine), cfg.batch_size)]
-        with progress(len(mine), f"reconstruct {cfg.reconstruct}", "image") as bar:
-            batches = (images for images, *_ in train.load_batches(data, keys, cfg.workers))
-            sums = reconstruct_all(vae, batches, arrays, int(mine[0]), metrics, device, bar)
+        options = {"data": cfg.reconstruct, "split": cfg.split, "images": count, "image_size": size,
+                   "autoencoder": checksum(cfg.vae), "metrics": cfg.metrics}
+        if is_done(cfg, options):
+            return
+        shape = (size, size, 3), np.uint8
+        work = Rows(cfg.out, (count,), options, originals=shape, reconstructions=shape,
+                    figures=((len(metrics),), np.float64))
+        batches = work.batches(cfg.batch_size)
+        keys = [[(number, False) for number in numbers.tolist()] for numbers in batches]
+        with progress(count, f"reconstruct {cfg.reconstruct}", "image", count - len(work.todo)) as bar:
+            for numbers, (images, *_) in zip(batches, train.load_batches(data, keys, cfg.workers)):
+                x = to_float(images, device)
+                rec = to_uint8(vae.decode(vae.encode(x).latent_dist.mode()).sample)
+                figures = [measure(x, to_float(rec, device)).double() for measure in metrics.values()]
+                work.put(numbers, originals=images.permute(0, 2, 3, 1).numpy(),
+                         reconstructions=rec.permute(0, 2, 3, 1).cpu().numpy(),
+                         figures=torch.stack(figures, dim=1).cpu().numpy() if figures else np.zeros((len(x), 0)))
+                bar.update(len(x))
     except train.DataError as error:
         stop(error)
-    if world_size > 1:
-        dist.all_reduce(sums)
-    if rank == 0:
-        shown = {title: torch.from_numpy(array[:16]).permute(0, 3, 1, 2)
-                 for title, array in zip(("originals", "reconstructions"), arrays)}
-        per_row = min(4, count)
-        columns = {title: x[:len(x) // per_row * per_row].unflatten(0, (-1, per_row)) for title, x in shown.items()}
-        save_picture(sheet(columns, scale=max(1, 64 // size)), cfg.out.with_suffix(".png"))
-        figures = {name: value / count for name, value in zip(cfg.metrics, sums.tolist())}
-        with atomic_file(cfg.out.with_suffix(".json")) as file:
-            file.write((json.dumps({"images": count, **figures}, indent=2) + "\n").encode())
-        for name, path in zip(hidden, files):
-            pack(name, path)
-        print(f"{count} images: " + ", ".join(f"{name} {value:.4f}" for name, value in figures.items()))
-        print(f"{files[0]} and {files[1]} are ready; {cfg.out.with_suffix('.png')} shows some")
+    work.finish()
+    if process()[0] > 0:
+        return
+    per_row = min(4, count)
+    columns = {name: torch.from_numpy(work.arrays[name][:min(16, count) // per_row * per_row])
+               for name in ("originals", "reconstructions")}
+    save_picture(sheet({name: x.permute(0, 3, 1, 2).unflatten(0, (-1, per_row)) for name, x in columns.items()}),
+                 beside(cfg.out, ".png"))
+    figures = dict(zip(metrics, work.arrays["figures"].mean(0).tolist()))
+    originals = beside(cfg.out, "-originals.npz")
+    pack(originals, arr_0=work.path("originals"))
+    write_json({**options, **figures}, cfg.out.with_suffix(".json"))
+    pack(cfg.out, arr_0=work.path("reconstructions"))                            # last: where it is, all is done
+    work.remove()
+    print(f"{count} images: " + ", ".join(f"{name} {value:.4f}" for name, value in figures.items()))
+    print(f"{originals} and {cfg.out} are ready; {beside(cfg.out, '.png')} shows some")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Program
+
+def steps(text):
+    """--steps: a number, or what dit.space_timesteps reads."""
+    return int(text) if text.isdecimal() else text
+
+
+SAMPLER_FLAGS = {                                                                # name: (type, help)
+    "sampler": (str, f"SiT: {', '.join(sit.ODE_SAMPLERS + sit.SDE_SAMPLERS)} (default heun); DiT: ddpm, ddim "
+                "(default ddpm)"),
+    "num_steps": (steps, "steps of the sampler (default 50; DiT 250, where also ddim50 or 10,15,20 can be said)"),
+    "cfg_scale": (float, "guidance; 1 is none (default 1)"),
+    "cfg_interval": (float, "noise levels that are guided, LOW HIGH: 1 is noise, 0 is data (default 0 1)"),
+    "cfg_channels": (int, "guide the first of the latent's channels only; the official SiT and DiT guide 3 (default: all)"),
+    "path": (str, "SiT: linear, gvp, vp (a run tells it; default linear)"),
+    "prediction": (str, "what the model predicts: velocity, noise, score, or DiT's noise, x_start (a run tells it)"),
+    "sample_eps": (float, "SiT: distance from the ends of time"),
+    "atol": (float, "SiT, dopri5 (default 1e-6)"),
+    "rtol": (float, "SiT, dopri5 (default 1e-3)"),
+    "diffusion_form": (str, "SiT, SDEs: constant, sbdm, sigma, linear, decreasing, increasing-decreasing (default sigma)"),
+    "diffusion_norm": (float, "SiT, SDEs: factor of the form (default 1)"),
+    "last_step": (str, "SiT, SDEs: mean, tweedie, euler, none (default mean)"),
+    "last_step_size": (float, "SiT, SDEs (default 0.04)"),
+    "schedule": (str, "DiT: linear, squaredcos_cap_v2 (default linear)"),
+    "fixed_variance": (str, "DiT without learned variance: large, small (default large)"),
+    "clip_denoised": (bool, "DiT: hold every x_start in [-1, 1]"),
+    "eta": (float, "DiT, ddim: noise, 0 for none to 1 for that of ddpm (default 0)"),
+}
+
 
 def parse_arguments():
     """The flags, once they make sense."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--run", type=Path, help="folder of a run: autoencoder and stage sit or dit")
     parser.add_argument("--family", choices=sorted(FAMILIES), default="sit", help="which diffusion model of the run")
-    parser.add_argument("--out", type=Path, required=True, help="the .npz to write; pictures go beside it")
-    parser.add_argument("--num", type=int, help="number of images (default: 100 samples, all reconstructions)")
+    parser.add_argument("--model", help="instead of a run: SiT-XL/2, DiT-XL/2 and the like, with --ckpt and --vae")
+    parser.add_argument("--ckpt", type=Path, help="weights of --model: .pt or .safetensors")
+    parser.add_argument("--vae", type=Path, help="autoencoder: its folder, or one file of its weights")
+    parser.add_argument("--out", type=Path, required=True, help="X.npz, X.zip, or a folder X for PNG files; pictures go "
+                        "beside it. With --trajectory and --interpolate a .png")
+    parser.add_argument("--num", type=int, help="number of images (default: 100 samples, all reconstructions, 4 "
+                        "trajectories, 9 steps of an interpolation)")
+    parser.add_argument("--classes", nargs="+", default=["balanced"], metavar="CLASS", help="balanced (default), random, "
+                        "or numbers or names, gone through again and again")
     parser.add_argument("--batch-size", type=int, default=100, help="images at once on a process")
+    parser.add_argument("--decode-batch-size", type=int, default=8, help="latents that are decoded at once")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--sampler", help=f"SiT: {', '.join(sit.ODE_SAMPLERS + sit.SDE_SAMPLERS)} (default heun); "
-                        "DiT: ddpm, ddim (default ddpm)")
-    parser.add_argument("--num-steps", type=int, default=50, help="steps of the sampler")
-    parser.add_argument("--cfg-scale", type=float, default=1.0, help="guidance; 1 is none")
-    parser.add_argument("--cfg-interval", type=float, nargs=2, default=(0.0, 1.0), metavar=("LOW", "HIGH"),
-                        help="noise levels that are guided: 1 is noise, 0 is data")
-    parser.add_argument("--cfg-channels", type=int, help="guide the first of the latent's channels only; the official "
-                        "SiT and DiT guide 3 (default: all)")
-    parser.add_argument("--tasks", nargs="*", default=[], choices=("segmentation", "depth", "features"),
-                        help="read these off the generated latents into a picture")
+    parser.add_argument("--precision", choices=("fp32", "tf32", "bf16", "fp64"), default="fp32",
+                        help="bf16 is for the transformer only")
+    sampler = parser.add_argument_group("options of the samplers; sit.sample and dit.sample explain them")
+    for name, (kind, text) in SAMPLER_FLAGS.items():
+        how = dict(action="store_true", default=None) if kind is bool else dict(type=kind)
+        if name == "cfg_interval":
+            how.update(nargs=2, metavar=("LOW", "HIGH"))
+        flags = ("--steps",) if name == "num_steps" else (f"--{name.replace('_', '-')}",)
+        sampler.add_argument(*flags, dest=name, help=text, **how)
+    parser.add_argument("--tasks", nargs="+", default=[], choices=("segmentation", "depth", "features"),
+                        help="read these off the generated latents, as arrays and as a picture")
     parser.add_argument("--heads", nargs="+", default=[], help="for --tasks: folders of stage heads or teacher, or "
                         "names of published heads (default: the folder of the run's teacher)")
     parser.add_argument("--latents", action="store_true", help="write the latents too, as OUT-latents.npy")
+    parser.add_argument("--trajectory", action="store_true", help="no samples: a picture of how noise becomes images")
+    parser.add_argument("--interpolate", type=int, nargs=2, metavar=("A", "B"), help="no samples: a picture of what lies "
+                        "between images number A and B")
     parser.add_argument("--reconstruct", metavar="DATA", help="no samples: images of this folder or .zip, or scenes, "
                         "through the autoencoder")
-    parser.add_argument("--vae", type=Path, help="reconstruct: folder of the autoencoder, or one file of its weights")
     parser.add_argument("--split", choices=("test", "train", "all"), default="test", help="reconstruct: which images")
     parser.add_argument("--image-size", type=int, help="reconstruct: pixels a side (default: the autoencoder's)")
     parser.add_argument("--workers", type=int, default=0, help="reconstruct: processes that load images")
     parser.add_argument("--metrics", nargs="*", default=sorted(METRICS), choices=sorted(METRICS),
                         help="reconstruct: what to measure (default: all)")
     cfg = parser.parse_args()
-    if cfg.reconstruct and (cfg.run or not cfg.vae):
-        stop("--reconstruct wants --vae FOLDER, and no --run")
-    if not cfg.reconstruct and not cfg.run:
-        stop("give --run FOLDER to sample, or --reconstruct DATA --vae FOLDER")
-    cfg.num = 100 if cfg.num is None and not cfg.reconstruct else cfg.num
-    if cfg.num is not None and cfg.num < process()[2]:
-        stop(f"--num {cfg.num}: want at least one image a process")
-    if cfg.batch_size < 1:
-        stop(f"--batch-size {cfg.batch_size}: want at least one image")
-    if cfg.out.suffix != ".npz":
-        stop(f"--out {cfg.out}: want a name that ends in .npz")
-    if cfg.out.exists():
+    if cfg.reconstruct and (cfg.run or cfg.model or not cfg.vae):
+        stop("--reconstruct wants --vae FOLDER, and no --run or --model")
+    if not cfg.reconstruct and bool(cfg.run) == bool(cfg.model):
+        stop("give --run FOLDER, or --model, --ckpt and --vae, to sample; or --reconstruct DATA --vae FOLDER")
+    if cfg.model and not (cfg.ckpt and cfg.vae):
+        stop("--model wants --ckpt FILE and --vae FOLDER")
+    if cfg.run and (cfg.ckpt or cfg.vae):
+        stop("--run has its own weights: give no --ckpt and no --vae")
+    teaching = cfg.trajectory or cfg.interpolate is not None
+    if cfg.trajectory + bool(cfg.interpolate) + bool(cfg.reconstruct) > 1:
+        stop("--trajectory, --interpolate and --reconstruct are one or the other")
+    if teaching and (cfg.tasks or cfg.latents or process()[2] > 1):
+        stop("--trajectory and --interpolate want one process, no --tasks and no --latents")
+    if not cfg.reconstruct and cfg.num is None:
+        cfg.num = 4 if cfg.trajectory else 9 if cfg.interpolate else 100
+    if cfg.num is not None and cfg.num < (2 if cfg.interpolate else 1):
+        stop(f"--num {cfg.num}: want at least {2 if cfg.interpolate else 1}")
+    for name in ("batch_size", "decode_batch_size"):
+        if getattr(cfg, name) < 1:
+            stop(f"--{name.replace('_', '-')} {getattr(cfg, name)}: want at least 1")
+    if cfg.seed < 0 or cfg.interpolate and min(cfg.interpolate) < 0:
+        stop(f"--seed {cfg.seed}, --interpolate {cfg.interpolate}: want at least 0")
+    endings = (".png",) if teaching else (".npz",) if cfg.reconstruct else (".npz", ".zip", "")
+    if cfg.out.suffix not in endings or not cfg.out.name:
+        stop(f"--out {cfg.out}: want a name that ends in {' or '.join(filter(None, endings))}"
+             + (", or a folder's, without a dot" if "" in endings else ""))
+    if teaching and cfg.out.exists():
         stop(f"--out {cfg.out} exists: choose another name or delete it")
-    cfg.sampler = cfg.sampler or {"sit": "heun", "dit": "ddpm"}[cfg.family]
     return cfg
 
 
 def main():
-    """Sample a run, or reconstruct images, and let rank 0 write what is to be written."""
+    """Do what the flags say, in this process of perhaps several."""
     cfg, device = parse_arguments(), device_of_process()
     join_processes()
-    if cfg.reconstruct:
-        reconstruct(cfg, device)
-    else:
-        sample_run(cfg, device)
+    try:
+        if cfg.reconstruct:
+            reconstruct(cfg, device)
+        elif cfg.trajectory:
+            draw_trajectory(cfg, device)
+        elif cfg.interpolate:
+            interpolate(cfg, device)
+        else:
+            sample_run(cfg, device)
+    except OSError as error:
+        stop(f"{error.filename or cfg.out} cannot be written ({error.strerror}): the same command goes on from here")
     if process()[2] > 1:
         dist.destroy_process_group()
 

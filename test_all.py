@@ -2259,13 +2259,34 @@ def test_every_image_comes_once_an_epoch_whatever_the_processes(monkeypatch):
 # ---------------------------------------------------------------------------------------------------------------------
 # The programs, as users run them
 
-def command(*words, check=True, processes=1, **env):
-    """Run a program of ours to its end, with one thread a process."""
-    start = [sys.executable]
-    if processes > 1:
-        start += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "--"]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **env}
-    done = subprocess.run([*start, *map(str, words)], cwd=HERE, env=env, capture_output=True, text=True, timeout=400)
+MAIN = {"train.py": train.main, "sample.py": sample.main, "align.py": align.main, "fid.py": fid.main}
+
+
+def command(*words, check=True, processes=1, fresh=False, **env):
+    """Run a program of ours to its end: in processes of its own, where that is what is tested, else in this one."""
+    words, (out, err) = [str(word) for word in words], (io.StringIO(), io.StringIO())
+    if processes > 1 or fresh:
+        start = [sys.executable]
+        if processes > 1:
+            start += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "--"]
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **env}
+        done = subprocess.run([*start, *words], cwd=HERE, env=env, capture_output=True, text=True, timeout=400)
+    else:
+        done = SimpleNamespace(returncode=0)
+        urllib.request.install_opener(None)                                      # so that proxies are read anew
+        before = signal.getsignal(signal.SIGTERM), torch.get_default_dtype(), torch.get_num_threads()
+        torch.set_num_threads(1)
+        with (mock.patch.dict(os.environ, env), mock.patch.object(sys, "argv", words), contextlib.chdir(HERE),
+              contextlib.redirect_stdout(out), contextlib.redirect_stderr(err)):
+            try:
+                MAIN[words[0]]()
+            except SystemExit as ended:
+                done.returncode = ended.code
+        signal.signal(signal.SIGTERM, before[0])
+        torch.set_default_dtype(before[1])
+        torch.set_num_threads(before[2])
+        urllib.request.install_opener(None)
+        done.stdout, done.stderr = out.getvalue(), err.getvalue()
     assert not check or done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return done
 
@@ -2277,7 +2298,7 @@ SMALL = ["--scenes", 240, "--latent-channels", 4, "--channels", 8, 16, 16, "--al
 def whole(tmp_path_factory):
     """The whole system, tiny: the folder of a finished chain."""
     out = tmp_path_factory.mktemp("chain") / "run"
-    done = command("train.py", "--out", out, "--steps", 6, "--num-samples", 20, *SMALL)
+    done = command("train.py", "--out", out, "--steps", 6, "--num-samples", 20, *SMALL, fresh=True)
     assert "Traceback" not in done.stderr
     (out / "stdout.txt").write_text(done.stdout)
     return out
@@ -2305,7 +2326,7 @@ def test_the_chain_writes_a_report_with_all_figures_and_pictures(whole):
 def test_the_chain_does_nothing_twice(whole):
     files = {p: p.stat().st_mtime_ns for suffix in ("safetensors", "npz") for p in whole.rglob(f"*.{suffix}")}
     assert len(files) >= 10
-    done = command("train.py", "--out", whole, "--steps", 6, "--num-samples", 20, *SMALL)
+    done = command("train.py", "--out", whole, "--steps", 6, "--num-samples", 20, *SMALL, fresh=True)
     assert "is done already" in done.stdout
     assert files == {p: p.stat().st_mtime_ns for p in files}
 
@@ -2315,8 +2336,8 @@ def test_weights_of_a_run_are_in_published_formats(whole):
     assert len(theirs.config.latents_std) == 4
     checkpoint = torch.load(whole / "plain" / "sit" / "checkpoint.pt", weights_only=True)
     assert set(checkpoint) == {"step", "pending", "nonfinite", "net", "ema", "opt"} and checkpoint["step"] == 6
-    module, model = sample.load_diffusion(whole / "plain", "sit")
-    assert module is sit and model.num_classes == 10
+    source = sample.load_run(whole / "plain", "sit")
+    assert source.module is sit and source.model.num_classes == 10 and source.classes[4] == "torus"
 
 
 def test_latents_have_the_statistics_that_the_autoencoder_tells(whole):
@@ -2394,14 +2415,15 @@ def test_killed_encoding_goes_on_where_it_stopped(whole, tmp_path):
     folder = tmp_path / "b" / "latents"
     child = subprocess.Popen([sys.executable, *stage, str(tmp_path / "b")], cwd=HERE, stderr=subprocess.PIPE,
                              env={**os.environ, "OMP_NUM_THREADS": "1"})
-    while not (folder / ".moments.done.npy").is_file() or np.load(folder / ".moments.done.npy").sum() < 100:
+    work = folder / ".moments.npy.partial"
+    while not (work / "options.json").is_file() or np.load(work / "done.npy").sum() < 100:
         assert child.poll() is None, "it ended before it was killed"
     child.kill()
     child.communicate()
     assert not (folder / "moments.npy").exists()
-    kept = np.load(folder / ".moments.done.npy")
+    kept = np.load(work / "done.npy")
     assert 100 <= kept.sum() < kept.size == 640
-    moments = np.load(folder / ".moments.tmp.npy", mmap_mode="r+")
+    moments = np.load(work / "encoded.npy", mmap_mode="r+")
     moments[0, 5] = 7                                                            # a mark in what is done
     moments.flush()
     command(*stage, tmp_path / "b")
@@ -2790,7 +2812,7 @@ def test_two_processes_encode_the_same_latents(whole, tmp_path):
 def test_a_sample_does_not_depend_on_its_batch_or_process(whole, tmp_path):
     arrays = []
     for name, size, processes in (("a", 12, 1), ("b", 5, 1), ("c", 3, 2)):
-        command("sample.py", "--run", whole / "plain", "--num", 12, "--batch-size", size, "--num-steps", 3,
+        command("sample.py", "--run", whole / "plain", "--num", 12, "--batch-size", size, "--steps", 3,
                 "--cfg-scale", 2, "--out", tmp_path / f"{name}.npz", processes=processes)
         arrays.append(np.load(tmp_path / f"{name}.npz"))
     for other in arrays[1:]:
@@ -2807,7 +2829,7 @@ def test_ddpm_noise_is_by_image_too(whole, tmp_path):
     images = []
     for size in (4, 3):
         path = tmp_path / f"{size}.npz"
-        command("sample.py", "--run", out, "--family", "dit", "--num", 4, "--batch-size", size, "--num-steps", 5,
+        command("sample.py", "--run", out, "--family", "dit", "--num", 4, "--batch-size", size, "--steps", 5,
                 "--out", path)
         images.append(np.load(path)["arr_0"].astype(int))
     assert np.abs(images[0] - images[1]).max() <= 1
@@ -2824,7 +2846,7 @@ def test_the_chain_runs_on_images_from_disk(tmp_path):
             Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / f"{i}.png")
     archive = zipped(root, tmp_path / "solids.zip")
     command("train.py", "--data", archive, "--out", tmp_path / "run", "--steps", 3, "--num-samples", 20, *SMALL,
-            "--gradient-checkpointing", "--no-standardize")
+            "--gradient-checkpointing", "--no-standardize", fresh=True)
     figures = json.loads((tmp_path / "run" / "report.json").read_text())
     assert "masks from latents, mIoU" not in figures["plain"] and figures["aligned"]["FD of samples, no guidance"] >= 0
     assert np.load(tmp_path / "run" / "plain" / "latents" / "moments.npy").shape[:2] == (2, 80)     # both flips
@@ -2837,17 +2859,10 @@ NO_NETWORK = "http://127.0.0.1:9"                                               
 
 
 def refused(program, *words, **env):
-    """The line with which a program refuses what it was given, with exit status 2. It runs in this process, where
-    anything else that it raises fails the test."""
-    main, errors = {"train.py": train.main, "sample.py": sample.main, "align.py": align.main,
-                    "fid.py": fid.main}[program], io.StringIO()
-    urllib.request.install_opener(None)                                          # so that proxies are read anew
-    with (mock.patch.dict(os.environ, env), mock.patch.object(sys, "argv", [program, *map(str, words)]),
-          contextlib.redirect_stderr(errors), pytest.raises(SystemExit) as ended):
-        main()
-    urllib.request.install_opener(None)
-    assert ended.value.code == 2, errors.getvalue()[-2000:]
-    return [line for line in errors.getvalue().splitlines() if line.strip()][-1]
+    """The line with which a program refuses what it was given, with exit status 2."""
+    done = command(program, *words, check=False, **env)
+    assert done.returncode == 2, done.stderr[-2000:]
+    return [line for line in done.stderr.splitlines() if line.strip()][-1]
 
 
 def broken_data(tmp_path, kind):
@@ -2892,7 +2907,7 @@ def test_an_image_that_a_worker_cannot_read_is_one_line_too(tmp_path):
     """The real command: its exit status, and no traceback."""
     data = broken_data(tmp_path, "broken image")
     done = command("train.py", "--stage", "vae", "--data", data, "--out", tmp_path / "run", "--workers", 1, *SMALL,
-                   check=False)
+                   check=False, fresh=True)
     line = [line for line in done.stderr.splitlines() if line.strip()][-1]
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert "cannot be read" in line and "a_red" in line

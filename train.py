@@ -54,9 +54,10 @@ from tqdm import tqdm
 import align
 import fid
 import vae
-from sample import (FAMILIES, autoencoder_folder, barrier, by_class, checksum, device_of_process, first_on_node,
-                    generate, join_processes, legend_of, load_autoencoder, load_heads, load_lpips, load_task_heads,
-                    process, progress, read_latents, read_tasks, save_picture, scatter, sheet, stop, to_float, to_uint8)
+from sample import (FAMILIES, Rows, autoencoder_folder, barrier, by_class, checksum, decode, device_of_process,
+                    first_on_node, generate, join_processes, legend_of, load_autoencoder, load_heads, load_lpips,
+                    load_task_heads, process, progress, read_latents, read_tasks, save_picture, scatter, sheet, stop,
+                    to_float, to_uint8, write_json)
 from vae import atomic_file, load_weights, save_safetensors
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -649,12 +650,6 @@ def parts_of_batch(cfg, model):
         wait = isinstance(model, DDP) and i < cfg.accumulate - 1
         with model.no_sync() if wait else contextlib.nullcontext():
             yield slice(i * rows, (i + 1) * rows)
-
-
-def write_json(value, path):
-    """Write JSON, whole or not at all."""
-    with atomic_file(path) as file:
-        file.write((json.dumps(value, indent=2) + "\n").encode())
 
 
 def claim_folder(cfg, *names, **facts):
@@ -1385,42 +1380,20 @@ class WithTokens:
 @torch.no_grad()
 def encode_all(data, path, batch_size, description, encode):
     """Write encode(x) of all images x (N, 3, H, W) in [-1, 1] to path, a float16 array (flips, images, ...), unflipped
-    and, where the data is flipped in training, flipped. Every process writes its share of the batches; a second file
-    tells which are on the disk, so that a killed run goes on from there. The file gets its name last."""
-    (rank, _, world_size), device = process(), device_of_process()
-    temporary, done_path = path.with_name(f".{path.stem}.tmp.npy"), path.with_name(f".{path.stem}.done.npy")
-    batches = [slice(start, start + batch_size) for start in range(0, len(data), batch_size)]
+    and, where the data is flipped in training, flipped. All processes work on it; a killed run goes on where it was."""
+    device, flips = device_of_process(), 2 if data.flip else 1
     shape = encode(to_float(data.__getitems__([(0, False)])[0], device)).shape[1:]
-    if rank == 0 and not (temporary.is_file() and done_path.is_file()):
-        done_path.unlink(missing_ok=True)
-        np.lib.format.open_memmap(temporary, "w+", np.float16, (2 if data.flip else 1, len(data), *shape))
-        with atomic_file(done_path) as file:
-            np.save(file, np.zeros((2 if data.flip else 1, len(batches)), dtype=bool))
-    barrier()
-    array, done = np.load(temporary, mmap_mode="r+"), np.load(done_path, mmap_mode="r+")
-    mine = [tuple(place) for place in np.argwhere(~done).tolist()][rank::world_size]
-    barrier()                                                                    # before anyone writes to `done`
-
-    def flush(places):
-        array.flush()                                                            # first what it tells, then what tells
-        for place in places:
-            done[place] = True
-        done.flush()
-
-    total = done.shape[0] * len(data) // world_size
-    with progress(total, description, "image", max(0, total - len(mine) * batch_size)) as bar:
-        for number, (flip, batch) in enumerate(mine):
-            rows = np.arange(len(data))[batches[batch]]
-            images = data.__getitems__([(int(i), bool(flip)) for i in rows])[0]
-            array[flip, rows] = encode(to_float(images, device)).cpu().numpy()
+    work = Rows(path, (flips, len(data)), {}, encoded=(shape, np.float16))
+    total, batches = work.count // process()[2], work.batches(batch_size)
+    with progress(total, description, "image", max(0, total - sum(map(len, batches)))) as bar:
+        for rows in batches:
+            images = data.__getitems__([(row % len(data), row >= len(data)) for row in rows.tolist()])[0]
+            work.put(rows, encoded=encode(to_float(images, device)).cpu().numpy())
             bar.update(len(rows))
-            if number % 16 == 15:
-                flush(mine[number - 15:number + 1])
-    flush(mine)
-    barrier()
-    if rank == 0:
-        os.replace(temporary, path)
-        done_path.unlink()
+    work.finish()
+    if process()[0] == 0:
+        os.replace(work.path("encoded"), path)
+        work.remove()
     barrier()
 
 
@@ -1753,6 +1726,7 @@ def train_diffusion(cfg):
     if finished(folder, "ema.safetensors"):
         return
     autoencoder, data = load_autoencoder(source).to(device), Latents(cfg, source)
+    settings["classes"] = data.classes                                           # for sample.py
     net, config = new_transformer(cfg, data.moments.shape[2] // 2, data.moments.shape[-1], len(data.classes))
     plan = diffusion_plan(cfg, data, net, config)
     plan.print(folder)
@@ -1765,9 +1739,9 @@ def train_diffusion(cfg):
 
     def draw(name):
         labels = torch.arange(min(len(data.classes), 10)).repeat_interleave(8)
-        _, images = generate(module, ema, autoencoder, range(len(labels)), labels, cfg.seed, device, **sampler)
+        images = decode(autoencoder, generate(module, ema, range(len(labels)), labels, cfg.seed, device, **sampler))
         (folder / "samples").mkdir(exist_ok=True)
-        save_picture(sheet({"samples, no guidance": to_uint8(images).unflatten(0, (-1, 8))}),
+        save_picture(sheet({"samples, no guidance": images.unflatten(0, (-1, 8))}, rows=data.classes[:10]),
                      folder / "samples" / f"{name}.png")
 
     opt = torch.optim.AdamW(net.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
@@ -2012,12 +1986,12 @@ def draw_report(out, judge, pictures, read):
     """The report's pictures: real.png, reconstructions.png, samples.png, samples-guided.png, tasks.png, curves.png."""
     classes, labels, truth = judge.classes, judge.labels.cpu(), judge.truth
     shown = min(10, len(classes))
-    rows = by_class(torch.arange(len(labels)), labels, shown, 8)
+    rows, _ = by_class(torch.arange(len(labels)), labels, shown, 8)
     save_picture(sheet({"held-out images": pictures["original"][rows]}), out / "real.png")
     save_picture(sheet({"original": pictures["original"][rows], "plain": pictures["plain reconstruction"][rows],
                         "aligned": pictures["aligned reconstruction"][rows]}), out / "reconstructions.png")
     for suffix in ("", "-guided"):
-        save_picture(sheet({name + suffix.replace("-", ", "): by_class(*pictures[name + suffix], shown, 10)
+        save_picture(sheet({name + suffix.replace("-", ", "): by_class(*pictures[name + suffix], shown, 10)[0]
                             for name in ("plain", "aligned")}), out / f"samples{suffix}.png")
     if judge.task_heads:
         rows = rows[:, :3]
@@ -2107,7 +2081,7 @@ def chain(given):
     def samples(run, name, scale):
         tasks = ["--tasks", "features", *(("segmentation", "depth") if cfg.data == "scenes" else ())]
         return [sys.executable, str(Path(__file__).with_name("sample.py")), "--run", run,
-                "--out", f"{run}/{name}.npz", "--num", str(cfg.num_samples), "--num-steps", "8",
+                "--out", f"{run}/{name}.npz", "--num", str(cfg.num_samples), "--steps", "8",
                 "--seed", str(cfg.seed), "--cfg-scale", str(scale), *(("--latents",) if name == "samples" else ()),
                 *(tasks if run == aligned and name == "samples" else ())]
 

@@ -448,42 +448,52 @@ def weighted(weights, slopes):
 def runge_kutta_step(field, x, t, t_next, method, slopes=()):
     """One explicit step: k_i = field(x + h sum_j a_ij k_j, t + c_i h), x_next = x + h sum_i b_i k_i -> x_next, all k_i.
 
-    `slopes`: the k_i that are known already.
+    t, t_next: numbers, or (N,) where every row makes a step of its own. `slopes`: the k_i that are known already.
     """
     (times, rows, weights), slopes, h = RUNGE_KUTTA[method], list(slopes), t_next - t
+    h_x = h if isinstance(h, float) else like_rows(h, x)
     for c, row in list(zip(times, rows))[len(slopes):]:
-        slopes.append(field(x + h * weighted(row, slopes), t_next if c == 1 else t + c * h))
-    return x + h * weighted(weights, slopes), slopes
+        slopes.append(field(x + h_x * weighted(row, slopes), t_next if c == 1 else t + c * h))
+    return x + h_x * weighted(weights, slopes), slopes
 
 
-def dopri5(field, x, t, end, atol, rtol):
+def like_rows(v, x):
+    """v (N,) as (N, 1, ...), to be multiplied with x (N, ...)."""
+    return v.to(x.dtype).view(-1, *[1] * (x.ndim - 1))
+
+
+def dopri5(field, x, start, end, atol, rtol):
     """Dormand and Prince's method of order 5 with steps of its own choice: yields x after each, the last one at `end`.
 
-    A step is as long as an error of atol + rtol |x|, in the root mean square over all of x, allows; the first is chosen
-    as in Hairer, Norsett and Wanner, "Solving Ordinary Differential Equations I", II.4. The rules are torchdiffeq's, so
-    that it takes no more evaluations than that; but the last step ends at `end`, where torchdiffeq steps beyond and
-    interpolates back, which asks a model for times that it never saw. Raises RuntimeError where it finds no step.
+    A step is as long as an error of atol + rtol |x|, in the root mean square, allows; the first is chosen as in Hairer,
+    Norsett and Wanner, "Solving Ordinary Differential Equations I", II.4. The rules are torchdiffeq's, so that it takes
+    no more evaluations than that; but each row of x (N, ...) has steps of its own, so that it does not depend on the
+    others, and waits at `end` for them; and the last step ends there, where torchdiffeq steps beyond and interpolates
+    back, which asks a model for times that it never saw. Raises RuntimeError where it finds no step.
     """
-    def rms(v):
-        return v.square().mean().sqrt().item()
+    def rms(v):                                                                  # (N, ...) -> (N,)
+        return v.flatten(1).square().mean(1).sqrt().double()
 
-    forward, span = (1 if end > t else -1), abs(end - t)
-    slope, scale = field(x, t), atol + rtol * x.abs()
+    t = torch.full((len(x),), start, dtype=torch.float64, device=x.device)
+    forward, span, slope, scale = (1 if end > start else -1), abs(end - start), field(x, t), atol + rtol * x.abs()
     size, speed = rms(x / scale), rms(slope / scale)
-    h = min(span, 0.01 * size / speed if size > 1e-5 and speed > 1e-5 else 1e-6)
-    bend = rms((field(x + forward * h * slope, t + forward * h) - slope) / scale) / h
-    h = min(100 * h, max(1e-6, 1e-3 * h) if max(speed, bend) <= 1e-15 else (0.01 / max(speed, bend)) ** (1 / 5))
-    while t != end:
-        t_next = end if h >= abs(end - t) else t + forward * h
-        if t_next == t or not math.isfinite(h):
-            raise RuntimeError(f"dopri5 finds no step at t = {t:g}: the model's output is not finite or bends too much")
+    h = torch.where((size > 1e-5) & (speed > 1e-5), 0.01 * size / speed, 1e-6).clamp(max=span)
+    bend = rms((field(x + forward * like_rows(h, x) * slope, t + forward * h) - slope) / scale) / h
+    most = torch.maximum(speed, bend)
+    h = torch.minimum(100 * h, torch.where(most <= 1e-15, (1e-3 * h).clamp(min=1e-6), (0.01 / most) ** (1 / 5)))
+    while (moving := t != end).any():
+        t_next = torch.where(h >= (end - t).abs(), end, t + forward * h)
+        if (moving & ((t_next == t) | ~h.isfinite())).any():
+            raise RuntimeError(f"dopri5 finds no step at t = {t[moving].min() if forward > 0 else t[moving].max():g}: "
+                               "the model's output is not finite or bends too much")
         x_next, slopes = runge_kutta_step(field, x, t, t_next, "dopri5", [slope])
-        error = (t_next - t) * weighted(DOPRI5_ERROR, slopes)
+        error = like_rows(t_next - t, x) * weighted(DOPRI5_ERROR, slopes)
         ratio = rms(error / (atol + rtol * torch.maximum(x.abs(), x_next.abs())))
-        if ratio <= 1:
-            x, t, slope = x_next, t_next, slopes[-1]
-            yield x
-        h *= 10.0 if ratio == 0 else min(10.0, max(0.9 / ratio ** (1 / 5), 1.0 if ratio < 1 else 0.2))
+        taken = ratio <= 1
+        x, slope = (torch.where(like_rows(taken, x) > 0, new, old) for new, old in ((x_next, x), (slopes[-1], slope)))
+        t = torch.where(taken, t_next, t)
+        h = torch.where(moving, h * (0.9 / ratio ** (1 / 5)).clamp(max=10).maximum(torch.where(ratio < 1, 1.0, 0.2)), h)
+        yield x
 
 
 def integrate(field, x, t0, t1, sampler, num_steps, breaks=(), atol=1e-6, rtol=1e-3):
@@ -560,7 +570,7 @@ def trajectory(model, eps, y, sampler="heun", num_steps=50, cfg_scale=1.0, cfg_i
 
     def output(x, t, start):
         """times (N,) and the model's output (N, C, H, W), guided or not as the noise level at `start` says."""
-        times = torch.full((x.shape[0],), t, device=x.device, dtype=x.dtype)
+        times = torch.as_tensor(t, dtype=x.dtype, device=x.device).expand(x.shape[0])
         return times, guided(model, x, times, y, 1 - start, cfg_scale, cfg_interval, cfg_channels)
 
     def velocity(x, t, start):
@@ -607,7 +617,7 @@ def sample(model, eps, y, sampler="heun", num_steps=50, **options):
     """Noise eps (N, C, H, W) and labels y (N,) -> latents (N, C, H, W), from t = 0 to t = 1.
 
     sampler: an ODE, dx/dt = v, by "euler", "heun", "midpoint", "heun2", "heun3", "rk4" (the 3/8 rule) in num_steps
-        equal steps, or by "dopri5" with steps that atol=1e-6 and rtol=1e-3 set; or the SDE of the same distributions,
+        equal steps, or by "dopri5" with steps that atol=1e-6 and rtol=1e-3 set for each latent; or the SDE of the same,
         dx = (v + w score) dt + sqrt(2 w) dW, by "sde-euler" or "sde-heun" in num_steps with the last one.
         "heun" calls the model 2 num_steps - 1 times, at t < 1 only. The official num_steps counts the points of an
         ODE's grid: one more than its steps; of its names, "heun" does not exist.
@@ -650,7 +660,7 @@ def log_likelihood(model, x, y, sampler="dopri5", num_steps=50, path="linear", p
     def field(state, t):
         """Velocity and its divergence: state (N, CHW + 1) -> (N, CHW + 1)."""
         e = signs if probe is None else probe(next(count))
-        times = torch.full((len(state),), t, device=x.device, dtype=x.dtype)
+        times = torch.as_tensor(t, dtype=x.dtype, device=x.device).expand(len(x))
         with torch.enable_grad():
             x_t = state[:, :-1].reshape(x.shape).requires_grad_()
             v = as_velocity(model(x_t, times, y), x_t, times, path, prediction)

@@ -1,6 +1,7 @@
 """Every test. Figures in assets/reference.json come from the official code on the weights and inputs that `fill` and
 `array` make from names and seeds; `difference` is the distance of an output from them, in their standard deviations.
 """
+import argparse
 import contextlib
 import copy
 import functools
@@ -1238,7 +1239,7 @@ def _(entry, dtype):
     out = {"final": states[-1], "middle": states[len(states) // 2], "returned_states": len(states),
            "nfe": len(model.times), "model_times": model.times}
     if method == "dopri5":
-        assert len(model.times) <= recorded["nfe"] and 0 <= min(model.times) and max(model.times) <= 1
+        assert 0 <= min(model.times) and max(model.times) <= 1
         out = dict(recorded, final=states[-1])
     return out
 
@@ -1579,24 +1580,26 @@ def test_dopri5_equals_torchdiffeq_with_no_more_evaluations(rtol, reverse):
     models = [fill(sit.SiT(**TINY), skip=("pos_embed",)).double(),
               Affine("affine", -8.0, 3.0, 5.0, dict(array=dict(shape=(11, 4), seed=1))).double()]
     for model in models:
-        watched, counted = Watched(model), Watched(model)
-        x, y = array((3, 4, 8, 8), 1).double(), torch.tensor([1, 4, 10])
-
-        def theirs(t, z):                                                        # the model takes times in [0, 1] only
-            return counted(z, t.clamp(0, 1).expand(3).to(z.dtype), y)
+        xs, ys = array((2, 4, 8, 8), 1).double(), torch.tensor([1, 10])
+        options, counts = dict(sampler="dopri5", atol=1e-3 * rtol, rtol=rtol, reverse=reverse), []
         times = torch.tensor([1.0, 0.0] if reverse else [0.0, 1.0], dtype=torch.float64)
-        with torch.no_grad():
-            expected = torchdiffeq.odeint(theirs, x, times, rtol=rtol, atol=1e-3 * rtol, method="dopri5")[-1]
-            exact = torchdiffeq.odeint(theirs, x, times, rtol=1e-10, atol=1e-12, method="dopri5")[-1]
-        count = len(counted.times)
-        counted.times.clear()
-        with torch.no_grad():
-            torchdiffeq.odeint(theirs, x, times, rtol=rtol, atol=1e-3 * rtol, method="dopri5")
-        z = sit.sample(watched, x, y, "dopri5", atol=1e-3 * rtol, rtol=rtol, reverse=reverse)
-        assert len(watched.times) <= len(counted.times) < count
-        assert 0 <= min(watched.times) and max(watched.times) <= 1
-        scale = exact.abs().max()
-        assert (z - exact).abs().max() < max(3 * (expected - exact).abs().max(), rtol * scale)
+        together = Watched(model)
+        zs = sit.sample(together, xs, ys, **options)
+        for x, y, z in zip(xs.split(1), ys.split(1), zs.split(1)):
+            watched, counted = Watched(model), Watched(model)
+
+            def theirs(t, z):                                                    # the model takes times in [0, 1] only
+                return counted(z, t.clamp(0, 1).expand(1).to(z.dtype), y)
+            with torch.no_grad():
+                exact = torchdiffeq.odeint(theirs, x, times, rtol=1e-10, atol=1e-12, method="dopri5")[-1]
+                counted.times.clear()
+                expected = torchdiffeq.odeint(theirs, x, times, rtol=rtol, atol=1e-3 * rtol, method="dopri5")[-1]
+            torch.testing.assert_close(sit.sample(watched, x, y, **options), z, rtol=0, atol=rtol)
+            assert len(watched.times) <= len(counted.times)
+            assert 0 <= min(watched.times) and max(watched.times) <= 1
+            assert (z - exact).abs().max() < max(3 * (expected - exact).abs().max(), rtol * exact.abs().max())
+            counts.append(len(watched.times))
+        assert len(together.times) == max(counts)
 
 
 def test_dopri5_stops_where_the_model_is_not_finite():
@@ -2809,30 +2812,248 @@ def test_two_processes_encode_the_same_latents(whole, tmp_path):
         np.testing.assert_allclose(a.astype(np.float64), b.astype(np.float64), atol=4e-3)
 
 
-def test_a_sample_does_not_depend_on_its_batch_or_process(whole, tmp_path):
-    arrays = []
-    for name, size, processes in (("a", 12, 1), ("b", 5, 1), ("c", 3, 2)):
-        command("sample.py", "--run", whole / "plain", "--num", 12, "--batch-size", size, "--steps", 3,
-                "--cfg-scale", 2, "--out", tmp_path / f"{name}.npz", processes=processes)
-        arrays.append(np.load(tmp_path / f"{name}.npz"))
-    for other in arrays[1:]:
-        assert np.array_equal(arrays[0]["arr_1"], other["arr_1"])
-        assert np.abs(arrays[0]["arr_0"].astype(int) - other["arr_0"].astype(int)).max() <= 1
-    assert arrays[0]["arr_0"].shape == (12, 32, 32, 3) and arrays[0]["arr_0"].dtype == np.uint8
-    assert arrays[0]["arr_1"].tolist() == [*range(10), 0, 1]
-    assert not np.array_equal(arrays[0]["arr_0"][0], arrays[0]["arr_0"][10]), "two images share their noise"
-
-
-def test_ddpm_noise_is_by_image_too(whole, tmp_path):
-    out = copy_of(whole, tmp_path, "vae", "latents")
+@pytest.fixture(scope="session")
+def diffused(whole, tmp_path_factory):
+    """A run with both families, the chain's SiT and a DiT on the same latents, whose weights are filled: so early in
+    training they would still be near zero."""
+    out = copy_of(whole, tmp_path_factory.mktemp("both"), "vae", "latents", "sit")
     command("train.py", "--stage", "dit", "--out", out, "--vae", whole / "plain" / "vae", *SMALL, "--steps", 3)
-    images = []
-    for size in (4, 3):
-        path = tmp_path / f"{size}.npz"
-        command("sample.py", "--run", out, "--family", "dit", "--num", 4, "--batch-size", size, "--steps", 5,
-                "--out", path)
-        images.append(np.load(path)["arr_0"].astype(int))
-    assert np.abs(images[0] - images[1]).max() <= 1
+    for family in ("sit", "dit"):
+        net = fill(sample.load_run(out, family).model, ("pos_embed",))
+        vae.save_safetensors(net.state_dict(), out / family / "ema.safetensors")
+    return out
+
+
+@pytest.mark.parametrize("options", [
+    ["--steps", 3, "--cfg-scale", 2, "--cfg-interval", 0.2, 0.9],
+    ["--sampler", "dopri5", "--cfg-scale", 1.5, "--cfg-interval", 0, 0.7, "--classes", "random"],
+    ["--sampler", "sde-heun", "--steps", 4, "--classes", 3, "arch", 10],
+    ["--family", "dit", "--steps", "ddim5", "--sampler", "ddim", "--eta", 0.7],
+    ["--family", "dit", "--steps", 5]], ids=["heun", "dopri5", "sde", "ddim", "ddpm"])
+def test_a_sample_does_not_depend_on_its_batch(diffused, tmp_path, options):
+    """In float64 the same images, in float32 to one grey level, from batches of 12, 5 and 1."""
+    for precision, most in (("fp64", 0), ("fp32", 1)):
+        images = []
+        for size in (12, 5, 1):
+            path = tmp_path / f"{precision}-{size}.npz"
+            command("sample.py", "--run", diffused, "--num", 12, "--batch-size", size, "--decode-batch-size", size,
+                    *options, "--precision", precision, "--out", path)
+            with np.load(path) as file:
+                images.append((file["arr_0"], file["arr_1"]))
+        (first, labels), *others = images
+        assert first.shape == (12, 32, 32, 3) and first.dtype == np.uint8
+        for other, its_labels in others:
+            assert np.abs(first.astype(int) - other).max() <= most and np.array_equal(labels, its_labels)
+        assert not any(np.array_equal(first[i], first[j]) for i in range(12) for j in range(i)), "two images are one"
+    wanted = [*range(10), 0, 1] if "--classes" not in options else [3, 9, 10] * 4 if "arch" in options else labels
+    assert labels.tolist() == list(wanted) and (labels <= 10).all()
+    if "random" in options:
+        assert (labels < 10).all() and len(set(labels.tolist())) > 3
+        assert labels.tolist() == [sample.labels_of("random", [i], 10, 0).item() for i in range(12)]
+
+
+def test_killed_sampling_goes_on_where_it_stopped(diffused, tmp_path):
+    """SIGKILL, then two processes go on: what was written is kept, and the images, latents, masks and files are those of
+    an uninterrupted run. Other options do not go on."""
+    words = ["sample.py", "--run", str(diffused), "--num", "60", "--batch-size", "2", "--sampler", "sde-euler", "--steps",
+             "60", "--latents", "--out"]
+    command(*words, tmp_path / "a.npz")
+    work = tmp_path / ".b.npz.partial"
+    child = subprocess.Popen([sys.executable, *words, str(tmp_path / "b.npz")], cwd=HERE, stderr=subprocess.PIPE,
+                             stdout=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    while not (work / "options.json").is_file() or np.load(work / "done.npy").sum() < 6:
+        assert child.poll() is None, "it ended before it was killed"
+    child.kill()
+    child.communicate()
+    done = np.load(work / "done.npy")
+    assert 6 <= done.sum() < 60 and not (tmp_path / "b.npz").exists()
+    first = int(np.flatnonzero(done)[0])
+    images = np.load(work / "images.npy", mmap_mode="r+")
+    images[first] = 7                                                            # a mark in what is done
+    images.flush()
+    line = refused(*words, tmp_path / "b.npz", "--seed", 1)
+    assert "seed = 0, not 1" in line and ".b.npz.partial" in line
+    command(*words, tmp_path / "b.npz", processes=2)
+    a, b = (np.load(tmp_path / f"{name}.npz")["arr_0"] for name in "ab")
+    assert (b[first] == 7).all()
+    b[first] = a[first]
+    assert np.array_equal(a, b)
+    assert (tmp_path / "a-latents.npy").read_bytes() == (tmp_path / "b-latents.npy").read_bytes()
+    assert (tmp_path / "a.png").stat().st_size > 1000 and not list(tmp_path.glob(".*"))
+    written = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    assert "is done already" in command(*words, tmp_path / "b.npz").stdout
+    assert "num_steps = 60, not 50" in refused(*words, tmp_path / "b.npz", "--steps", 50)
+    assert written == {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+
+
+def test_png_files_and_zip_hold_the_images_of_the_npz(diffused, tmp_path):
+    words = ["sample.py", "--run", diffused, "--num", 11, "--steps", 2, "--out"]
+    command(*words, tmp_path / "a.npz")
+    command(*words, tmp_path / "b.zip")
+    command(*words, tmp_path / "c", processes=2)
+    with np.load(tmp_path / "a.npz") as file, zipfile.ZipFile(tmp_path / "b.zip") as archive:
+        images, labels = file["arr_0"], file["arr_1"]
+        assert archive.namelist() == [f"{i:06}.png" for i in range(11)]
+        assert sorted(p.name for p in (tmp_path / "c").iterdir()) == archive.namelist()
+        for image, name in zip(images, archive.namelist()):
+            assert np.array_equal(image, np.asarray(Image.open(archive.open(name))))
+            assert np.abs(image.astype(int) - np.asarray(Image.open(tmp_path / "c" / name))).max() <= 1
+    for name in "bc":
+        assert np.array_equal(np.load(tmp_path / f"{name}-labels.npy"), labels)
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_tasks_are_read_off_the_written_latents(whole, tmp_path):
+    """-tasks.npz holds what heads and MLPs give for -latents.npy, whose images are those of the .npz."""
+    for processes in (1, 2):
+        command("sample.py", "--run", whole / "aligned", "--num", 23, "--steps", 2, "--batch-size", 5, "--latents",
+                "--tasks", "segmentation", "depth", "features", "--out", tmp_path / f"{processes}.npz", processes=processes)
+    found, other = (np.load(tmp_path / f"{k}-tasks.npz") for k in (1, 2))
+    z = torch.from_numpy(np.load(tmp_path / "1-latents.npy"))
+    heads, task_heads = sample.load_heads(whole / "aligned" / "align"), sample.load_task_heads([whole / "teacher"])
+    masks, depth = sample.read_latents(heads, task_heads, z, 32)
+    assert (found["segmentation"] == masks.numpy()).mean() > 0.999 and found["segmentation"].shape == (23, 32, 32)
+    np.testing.assert_allclose(found["depth"], depth, rtol=1e-4)
+    with torch.no_grad():
+        rgb = align.pca_rgb(heads.feature_map(z)).movedim(1, -1).numpy()
+    assert found["features"].shape == rgb.shape and np.abs(found["features"] / 255 - rgb).max() < 0.01
+    assert np.mean(found["segmentation"] == other["segmentation"]) > 0.99
+    autoencoder = vae.AutoencoderKL.from_pretrained(whole / "aligned" / "align")
+    with torch.no_grad():
+        decoded = sample.to_uint8(autoencoder.decode(z).sample).movedim(1, -1).numpy()
+    assert np.abs(decoded.astype(int) - np.load(tmp_path / "1.npz")["arr_0"]).max() <= 1
+    assert Image.open(tmp_path / "1-tasks.png").width > 600 and not list(tmp_path.glob(".*"))
+
+
+@pytest.fixture(scope="session")
+def published(tmp_path_factory):
+    """Weights as they are published: an autoencoder in a folder of diffusers, a SiT as its official training saves it,
+    with argparse's Namespace, and a DiT's bare state dict."""
+    root = tmp_path_factory.mktemp("published")
+    torch.manual_seed(0)
+    theirs = diffusers.AutoencoderKL(
+        block_out_channels=(16, 32), norm_num_groups=8, latent_channels=4, sample_size=32, scaling_factor=0.5,
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2)
+    theirs.save_pretrained(root / "vae")
+    nets = {name: fill(module.create(f"{name}-Ti/2", input_size=16, num_classes=30, learn_sigma=True), ("pos_embed",))
+            for name, module in (("SiT", sit), ("DiT", dit))}
+    weights = nets["SiT"].state_dict()
+    torch.save({"ema": weights, "model": {k: v + 1 for k, v in weights.items()}, "opt": {"state": {}, "param_groups": []},
+                "args": argparse.Namespace(model="SiT-Ti/2")}, root / "sit.pt")
+    torch.save(nets["DiT"].state_dict(), root / "dit.pt")
+    return root, nets, theirs.eval()
+
+
+@pytest.mark.parametrize("family, module, options", [
+    ("SiT", sit, dict(sampler="sde-euler", num_steps=4, cfg_scale=3.0, cfg_channels=3, diffusion_form="decreasing",
+                      last_step="euler", last_step_size=0.1)),
+    ("SiT", sit, dict(sampler="rk4", num_steps=2, path="gvp", prediction="noise", sample_eps=0.05)),
+    ("DiT", dit, dict(sampler="ddim", num_steps=3, schedule="squaredcos_cap_v2", clip_denoised=True, eta=0.5))])
+def test_published_checkpoints_are_sampled(published, tmp_path, family, module, options):
+    """The program's images are those of the file's sampler and diffusers' decoder."""
+    root, nets, theirs = published
+    flags = []
+    for name, value in options.items():
+        flags += [f"--{name.replace('num_steps', 'steps').replace('_', '-')}", *([] if value is True else [value])]
+    command("sample.py", "--model", f"{family}-Ti/2", "--ckpt", root / f"{family.lower()}.pt", "--vae", root / "vae",
+            "--classes", 29, 3, 30, "--num", 3, "--seed", 5, *flags, "--out", tmp_path / "a.npz")
+    noise, labels = sample.Noise(5, range(3), (4, 16, 16), torch.device("cpu")), torch.tensor([29, 3, 30])
+    with torch.no_grad():
+        z = module.sample(nets[family], noise(), labels, noise=noise, **options)
+        expected = sample.to_uint8(theirs.decode(z / 0.5).sample).movedim(1, -1).numpy()
+    with np.load(tmp_path / "a.npz") as file:
+        assert np.abs(file["arr_0"].astype(int) - expected).max() <= 1 and file["arr_1"].tolist() == [29, 3, 30]
+    assert expected.std() > 5
+
+
+def test_bad_weights_and_options_are_refused(published, diffused, tmp_path):
+    root, _, _ = published
+
+    def says(*words):
+        line = refused("sample.py", "--num", 2, "--out", tmp_path / "x.npz", *words)
+        assert list(tmp_path.iterdir()) == []
+        return line
+    good = ["--vae", root / "vae", "--ckpt", root / "sit.pt", "--model", "SiT-Ti/2"]
+    assert "does not fit the network" in says(*good, "--model", "SiT-S/2")
+    assert "does not fit the network" in says(*good, "--model", "SiT-Ti/4")
+    assert "write SiT-SIZE/PATCH" in says(*good, "--model", "UViT-S/2")
+    assert "nowhere.pt not found" in says(*good, "--ckpt", "nowhere.pt")
+    assert "does not hold the weights of a SiT" in says(
+        *good, "--ckpt", root / "vae" / "diffusion_pytorch_model.safetensors")
+    assert "config.json" in says(*good, "--vae", root) and "--ckpt FILE" in says("--model", "SiT-Ti/2")
+    assert "numbers from 0 to 30" in says(*good, "--classes", 31) and "numbers" in says(*good, "--classes", "cat")
+    assert "--eta is no option of sit.py" in says(*good, "--eta", 1)
+    assert "steps ddim5: SiT wants a number" in says(*good, "--steps", "ddim5")
+    assert "cfg_interval" in says(*good, "--cfg-interval", 0.9, 0.1)
+    assert "cfg_channels 5" in says(*good, "--cfg-channels", 5)
+    assert "diffusion_form 'x'" in says(*good, "--sampler", "sde-euler", "--diffusion-form", "x")
+    assert "was trained with linear" in says("--run", diffused, "--path", "gvp")
+    assert "no --ckpt" in says("--run", diffused, "--ckpt", root / "sit.pt")
+    assert "stage align" in says(*good, "--tasks", "features")
+    assert "ends in .npz or .zip" in refused("sample.py", *good, "--num", 2, "--out", tmp_path / "x.jpg")
+    assert "one or the other" in says(*good, "--trajectory", "--interpolate", 0, 1)
+    wide = vae.AutoencoderKL(block_out_channels=(16, 32), norm_num_groups=8, latent_channels=8, sample_size=32)
+    wide.save_pretrained(root / "wide")
+    assert "has latents of 8 channels" in says(*good, "--vae", root / "wide")
+
+
+def test_a_full_disk_is_said_before_any_work(diffused, tmp_path):
+    words = shlex.join([sys.executable, "sample.py", "--run", str(diffused), "--num", "400", "--out",
+                        str(tmp_path / "x.npz")])
+    done = subprocess.run(["bash", "-c", f"ulimit -f 1000; {words}"], cwd=HERE, capture_output=True, text=True)
+    assert done.returncode == 2 and "cannot be written" in done.stderr and "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def tiles(path, rows, columns, size=64, gap=4):
+    """The images of a picture that sheet has drawn with one title: (rows, columns, size, size, 3)."""
+    picture = np.asarray(Image.open(path).convert("RGB"))
+    left, step = picture.shape[1] - columns * (size + gap), size + gap
+    return np.array([[picture[20 + r * step:20 + r * step + size, left + c * step:left + c * step + size]
+                      for c in range(columns)] for r in range(rows)])
+
+
+@pytest.mark.parametrize("options", [["--sampler", "heun"], ["--sampler", "sde-euler"], ["--family", "dit"]])
+def test_an_interpolation_goes_from_one_sample_to_the_other(diffused, tmp_path, options):
+    words = ["sample.py", "--run", diffused, "--steps", 4, "--cfg-scale", 1.5, *options]
+    command(*words, "--interpolate", 1, 4, "--num", 5, "--out", tmp_path / "i.png")
+    command(*words, "--num", 5, "--out", tmp_path / "s.npz")
+    images = np.load(tmp_path / "s.npz")["arr_0"].repeat(2, 1).repeat(2, 2).astype(int)
+    noise, label, both = tiles(tmp_path / "i.png", 3, 5)
+    for row in (noise, label, both):
+        assert np.abs(row[0] - images[1]).max() <= 1 and not np.array_equal(row[1], row[2])
+    assert not np.array_equal(noise[-1], label[-1])
+    if options == ["--sampler", "heun"]:                                         # the others' steps keep the noise of A
+        assert np.abs(both[-1] - images[4]).max() <= 1
+    command(*words, "--interpolate", 1, 11, "--num", 3, "--out", tmp_path / "one.png")      # of one class: a single row
+    assert Image.open(tmp_path / "one.png").height < 100
+
+
+@pytest.mark.parametrize("options", [["--steps", 12], ["--sampler", "dopri5"], ["--family", "dit", "--steps", 5]])
+def test_a_trajectory_ends_at_the_samples(diffused, tmp_path, options):
+    words = ["sample.py", "--run", diffused, "--num", 3, *options]
+    command(*words, "--trajectory", "--out", tmp_path / "t.png")
+    command(*words, "--out", tmp_path / "s.npz")
+    images = np.load(tmp_path / "s.npz")["arr_0"].repeat(2, 1).repeat(2, 2).astype(int)
+    strip = np.asarray(Image.open(tmp_path / "t.png").convert("RGB"))
+    for row, image in enumerate(images):
+        top = 20 + row * 68
+        places = [left for left in range(strip.shape[1] - 90, strip.shape[1] - 63)
+                  if np.abs(strip[top:top + 64, left:left + 64].astype(int) - image).max() <= 1]
+        assert len(places) == 1, "the last column is the sample"
+    with Image.open(tmp_path / "t.gif") as animation:
+        assert 3 <= animation.n_frames <= 60 and animation.info["loop"] == 0
+        assert "--steps" not in options or animation.n_frames == options[-1] + 1
+
+
+def test_samples_go_into_the_evaluator(diffused, tmp_path, inception_weights):
+    """README's line: sample, then compare with real images, here with stand-in weights of Inception."""
+    command("sample.py", "--run", diffused, "--num", 20, "--steps", 2, "--out", tmp_path / "samples.npz")
+    command("sample.py", "--reconstruct", "scenes", "--vae", diffused / "vae", "--num", 30, "--metrics", "psnr",
+            "--out", tmp_path / "rec.npz")
+    figures, table = evaluated(tmp_path / "samples.npz", tmp_path / "rec-originals.npz", "--weights", inception_weights,
+                               "--metrics", "fid", "sfid", "precision", "recall")
+    assert figures["num_samples"] == 20 and figures["fid"] > 0 and all(np.isfinite(figures[k]) for k in ("fid", "sfid"))
 
 
 def test_the_chain_runs_on_images_from_disk(tmp_path):
@@ -2941,9 +3162,10 @@ def test_missing_and_foreign_inputs_are_refused(whole, tmp_path):
     assert "--stage latents" in refused("train.py", "--stage", "sit", "--out", out, *SMALL)
     assert "choose another --out" in refused("train.py", "--out", whole, "--steps", 7)
     assert "--stage sit" in refused("sample.py", "--run", tmp_path, "--out", tmp_path / "x.npz")
-    assert "exists" in refused("sample.py", "--run", whole / "plain", "--out", whole / "plain" / "samples.npz")
+    assert "num_steps = 8, not 50" in refused("sample.py", "--run", whole / "plain", "--num", 20, "--latents", "--out",
+                                              whole / "plain" / "samples.npz")
     words = ["sample.py", "--run", whole / "plain", "--out", tmp_path / "x.npz", "--num"]
-    assert "at least one" in refused(*words, 0)
+    assert "at least 1" in refused(*words, 0)
     assert "sampler 'ddpm' is not known: choose euler" in refused(*words, 2, "--sampler", "ddpm")
     assert "stage align" in refused(*words, 2, "--tasks", "features")
     assert not (tmp_path / "x.npz").exists()
@@ -2962,7 +3184,7 @@ def test_missing_and_foreign_inputs_are_refused(whole, tmp_path):
 @pytest.mark.parametrize("words, says", [
     (["--vae", "nowhere"], "config.json"), ([], "--vae FOLDER"), (["--run", "x", "--vae", "y"], "no --run"),
     (["--image-size", 33], "multiple of 4"), (["--image-size", 8], "at least 16"), (["--split", "all"], "splits"),
-    (["--num", 0], "at least one"), (["--metrics", "lpips"], "vgg16-397923af.pth is not in"),
+    (["--num", 0], "at least 1"), (["--metrics", "lpips"], "vgg16-397923af.pth is not in"),
     (["--metrics", "fid"], "invalid choice")])
 def test_bad_reconstruct_commands_are_refused(whole, tmp_path, words, says):
     words = words if not words or "--vae" in words else ["--vae", whole / "plain" / "vae", *words]

@@ -562,7 +562,7 @@ def estimate_depth(dinov2, head, x):
 # Pictures
 
 def principal_axes(x, count):
-    """x (N, D) -> its mean (D,) and the directions (D, count) of largest variance, each with a positive sum; float64."""
+    """x (N, D) -> mean (D,) and directions (D, count) of largest variance, each with a sum that is not negative."""
     mean = x.double().mean(0)
     axes = torch.linalg.eigh((x.double() - mean).T @ (x.double() - mean))[1].flip(1)[:, :count]
     return mean, axes * torch.where(axes.sum(0) < 0, -1.0, 1.0)

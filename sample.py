@@ -27,6 +27,7 @@ import shutil
 import sys
 import time
 import zipfile
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -59,14 +60,15 @@ def device_of_process():
 
 def join_processes():
     """Take this process' GPU, and begin to talk to the others where there are any. torchrun --max-restarts keeps its
-    store, with the addresses of the dead in it, so every start has keys of its own."""
+    store, with the addresses of the dead in it, so every start has keys of its own. An hour is for downloads, for which
+    the others wait."""
     if torch.cuda.is_available():
         torch.cuda.set_device(device_of_process())
     if process()[2] > 1:
         store, rank, world_size = next(rendezvous("env://"))
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
         backend = "nccl" if torch.cuda.is_available() else "gloo"
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timedelta(hours=1))
 
 
 def barrier():
@@ -76,11 +78,13 @@ def barrier():
 
 
 def first_on_node(load):
-    """load() in the first process of every node, then in the others: what it fetches is there for them."""
-    if process()[1] > 0:
-        barrier()
-    loaded = load()
-    if process()[1] == 0:
+    """load() in the very first process, then in the first of every other node, then in the others: what it fetches is
+    there for them, whether nodes share a disk or not."""
+    rank, local_rank, _ = process()
+    mine, loaded = 0 if rank == 0 else 1 if local_rank == 0 else 2, None
+    for turn in range(3):
+        if turn == mine:
+            loaded = load()
         barrier()
     return loaded
 
@@ -93,7 +97,10 @@ def progress(total, description, unit, initial=0):
 
 def stop(message):
     """A mistake of the user: one line, exit status 2. An exception from a loader's worker comes with its traceback, of
-    which the last line is the message."""
+    which the last line is the message. What all processes find is said by the first one: torchrun ends the others, who
+    wait for that."""
+    if process()[0] > 0:
+        time.sleep(3)
     line = str(message).splitlines()[-1].split("DataError: ")[-1]
     print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
     sys.exit(2)
@@ -191,6 +198,7 @@ def by_class(images, labels, num_classes, per_row):
 
 def save_picture(picture, path):
     """Write a PIL picture as PNG."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(path) as file:
         picture.save(file, format="PNG")
 
@@ -388,8 +396,8 @@ class Rows:
     """
 
     def __init__(self, out, shape, options, **arrays):
-        self.folder, path = out.with_name(f".{out.name}.partial"), out.with_name(f".{out.name}.partial") / "options.json"
-        options, arrays = json.loads(json.dumps(options)), dict(arrays, done=((), bool))
+        self.folder = out.with_name(f".{out.name}.partial")
+        path, arrays = self.folder / "options.json", dict(arrays, done=((), bool))
         if process()[0] == 0 and path.is_file():
             differ(json.loads(path.read_text()), options, self.folder)
         elif process()[0] == 0:
@@ -450,9 +458,9 @@ class Rows:
 
 def differ(before, now, place):
     """Stop where the options of what is at `place` are others."""
-    for name in before.keys() | now.keys():
-        if before.get(name) != now.get(name):
-            stop(f"{place} has {name} = {before.get(name)}, not {now.get(name)}: choose another --out, or delete it")
+    for name, value in json.loads(json.dumps(now)).items():
+        if before.get(name) != value:
+            stop(f"{place} has {name} = {before.get(name)}, not {value}: choose another --out, or delete it")
 
 
 def is_done(cfg, options):
@@ -462,7 +470,7 @@ def is_done(cfg, options):
     path = cfg.out.with_suffix(".json")
     if not path.is_file():
         stop(f"--out {cfg.out} exists: choose another name or delete it")
-    differ(json.loads(path.read_text()), json.loads(json.dumps(options)), cfg.out)
+    differ(json.loads(path.read_text()), options, cfg.out)
     if process()[0] == 0:
         print(f"{cfg.out} is done already")
     return True
@@ -508,8 +516,8 @@ def generate(module, model, numbers, labels, seed, device, **options):
 
 @torch.no_grad()
 def decode(vae, z, batch_size=None):
-    """Images (N, 3, H, W) uint8 of latents (N, C, h, w) as the model sees them, `batch_size` at once; by default as many
-    as have 2^16 pixels, which was fastest on a CPU, or 2^20 on a GPU."""
+    """Images (N, 3, H, W) uint8 of latents (N, C, h, w) as the model sees them, `batch_size` at once; by default as
+    many as have 2^16 pixels, which was fastest on a CPU, or 2^20 on a GPU."""
     pixels = 2 ** 20 if z.is_cuda else 2 ** 16
     batch_size = batch_size or max(1, pixels // (z.shape[-1] * vae.factor) ** 2)
     return torch.cat([to_uint8(vae.decode(vae.denormalize(part)).sample) for part in z.split(batch_size)])
@@ -533,8 +541,8 @@ def parse_classes(words, names):
         return words[0]
     for word in words:
         if word not in names and not (word.isdecimal() and int(word) <= len(names)):
-            stop(f"--classes {word}: want balanced, random, numbers from 0 to {len(names)} (which is no label), or names "
-                 f"of classes, such as {names[0]!r}")
+            stop(f"--classes {word}: want balanced, random, numbers from 0 to {len(names)} (which is no label), or "
+                 f"names of classes, such as {names[0]!r}")
     return [names.index(word) if word in names else int(word) for word in words]
 
 
@@ -627,13 +635,16 @@ def load_readers(cfg, source, device):
     """The MLPs and the heads for --tasks; stops where one is missing or does not fit."""
     heads, task_heads = load_heads(source.folder).to(device, torch.get_default_dtype()), None
     if set(cfg.tasks) != {"features"}:
-        task_heads = load_task_heads(cfg.heads or [json.loads((source.folder / "settings.json").read_text())["teacher"]])
+        settings = source.folder / "settings.json"
+        if not cfg.heads and not settings.is_file():
+            stop(f"--tasks: {settings} does not tell the teacher, since it is not there: give --heads")
+        task_heads = load_task_heads(cfg.heads or [json.loads(settings.read_text())["teacher"]])
         for name in {"segmentation", "depth"} & set(cfg.tasks):
             if getattr(task_heads, name) is None:
                 stop(f"--tasks {name}: no head for it in {cfg.heads or 'the folder of the teacher'}: see --heads")
         for name in ("segmentation", "depth"):
-            wanted = name in cfg.tasks
-            setattr(task_heads, name, getattr(task_heads, name).to(device, torch.get_default_dtype()) if wanted else None)
+            head = getattr(task_heads, name) if name in cfg.tasks else None
+            setattr(task_heads, name, head.to(device, torch.get_default_dtype()) if head else None)
         z = torch.zeros(1, heads.config["latent_channels"], *2 * [source.model.input_size], device=device)
         try:                                                                     # say now what does not fit
             read_latents(heads, task_heads, z, 32)
@@ -676,8 +687,14 @@ def read_all(cfg, latents, size, heads, task_heads, device):
     return work
 
 
-def task_sheet(images, found, labels, names, classes):
-    """Picture of images (N, H, W, 3) beside what was read off their latents, a row a class; `classes`: the segments."""
+def name_of(classes, label):
+    """The class' name; the label behind the last one is none."""
+    return classes[label] if label < len(classes) else "no label"
+
+
+def task_sheet(images, found, labels, classes, segments):
+    """Picture of images (N, H, W, 3) beside what was read off their latents, a row a class. `classes` and `segments`
+    are names."""
     rows, shown = by_class(torch.arange(len(labels)), labels, 10, 6)
     size, legend = images.shape[1], None
 
@@ -687,29 +704,23 @@ def task_sheet(images, found, labels, names, classes):
     columns = {"generated": picture(images).permute(0, 3, 1, 2)}
     if "segmentation" in found:
         masks = picture(found["segmentation"]).long()
-        columns["mask"], legend = align.colorize_mask(masks, len(classes)), legend_of(masks, classes)
+        columns["mask"], legend = align.colorize_mask(masks, len(segments)), legend_of(masks, segments)
     if "depth" in found:
         columns["depth"] = align.colorize_depth(picture(found["depth"]))
     if "features" in found:
         rgb = picture(found["features"]).permute(0, 3, 1, 2)
         columns["features (PCA)"] = F.interpolate(rgb, size=(size, size), mode="nearest")
     columns = {title: x.unflatten(0, rows.shape) for title, x in columns.items()}
-    return sheet(columns, legend=legend, rows=[names[k] for k in shown])
-
-
-def name_of(classes, label):
-    """The class' name; the label behind the last one is none."""
-    return classes[label] if label < len(classes) else "no label"
+    return sheet(columns, legend=legend, rows=[name_of(classes, k) for k in shown])
 
 
 def grid(images, labels, classes, title):
     """Picture of images (N, H, W, 3) for people: of up to ten classes a row each, or side by side one of each."""
-    names = [name_of(classes, k) for k in range(len(classes) + 1)]
     numbers, shown = by_class(torch.arange(len(labels)), labels, 10, 12)
     x = torch.from_numpy(images[numbers.flatten().numpy()]).permute(0, 3, 1, 2).unflatten(0, numbers.shape)
     if numbers.shape[1] == 1:
-        return sheet({names[k]: row[None] for k, row in zip(shown, x)})
-    return sheet({title: x}, rows=[names[k] for k in shown])
+        return sheet({name_of(classes, k): row[None] for k, row in zip(shown, x)})
+    return sheet({title: x}, rows=[name_of(classes, k) for k in shown])
 
 
 def write_pngs(images, folder, batches):
@@ -738,17 +749,17 @@ def write_samples(cfg, work, labels, pngs):
 def sample_run(cfg, device):
     """Sample, read the tasks, and let rank 0 write everything under its name, the images last."""
     source = load_source(cfg, device)
-    options = {"model": cfg.model or f"{cfg.run}/{cfg.family}", **source.weights, "num": cfg.num, "seed": cfg.seed,
+    options = {"model": cfg.model or cfg.family, **source.weights, "num": cfg.num, "seed": cfg.seed,
                "classes": source.labels, "precision": cfg.precision, **source.options, "latents": cfg.latents,
                "tasks": sorted(cfg.tasks), "heads": cfg.heads}
     if is_done(cfg, options):
         return
     if cfg.tasks:
         heads, task_heads = load_readers(cfg, source, device)
-    channels, side, size = source.model.in_channels, source.model.input_size, source.model.input_size * source.vae.factor
+    side, size = source.model.input_size, source.model.input_size * source.vae.factor
     arrays = {"images": ((size, size, 3), np.uint8)}
     if cfg.latents or cfg.tasks:
-        arrays["latents"] = (channels, side, side), torch.empty(0).numpy().dtype
+        arrays["latents"] = (source.model.in_channels, side, side), torch.empty(0).numpy().dtype
     work = Rows(cfg.out, (cfg.num,), options, **arrays)
     sample_all(cfg, source, work, device)
     images, labels = work.arrays["images"], labels_of(source.labels, range(cfg.num), source.model.num_classes, cfg.seed)
@@ -764,10 +775,9 @@ def sample_run(cfg, device):
         with atomic_file(beside(cfg.out, "-latents.npy")) as file, open(work.path("latents"), "rb") as latents:
             shutil.copyfileobj(latents, file)
     if cfg.tasks:
-        names = [name_of(source.classes, k) for k in range(len(source.classes) + 1)]
-        task_picture = beside(cfg.out, "-tasks.png")
-        save_picture(task_sheet(images, read.arrays, labels, names, task_heads.classes if task_heads else ()), task_picture)
-        print(f"{', '.join(cfg.tasks)} read off the generated latents: {beside(cfg.out, '-tasks.npz')}, {task_picture}")
+        segments = task_heads.classes if task_heads else ()
+        save_picture(task_sheet(images, read.arrays, labels, source.classes, segments), beside(cfg.out, "-tasks.png"))
+        print(f"{', '.join(cfg.tasks)} read off the generated latents: {beside(cfg.out, '-tasks.npz')}, -tasks.png")
         read.remove()
     write_json(options, cfg.out.with_suffix(".json"))
     write_samples(cfg, work, labels, pngs)                                       # last: where it is, all is done
@@ -925,13 +935,13 @@ SAMPLER_FLAGS = {                                                               
     "num_steps": (steps, "steps of the sampler (default 50; DiT 250, where also ddim50 or 10,15,20 can be said)"),
     "cfg_scale": (float, "guidance; 1 is none (default 1)"),
     "cfg_interval": (float, "noise levels that are guided, LOW HIGH: 1 is noise, 0 is data (default 0 1)"),
-    "cfg_channels": (int, "guide the first of the latent's channels only; the official SiT and DiT guide 3 (default: all)"),
+    "cfg_channels": (int, "guide so many of the latent's channels; the official SiT and DiT guide 3 (default: all)"),
     "path": (str, "SiT: linear, gvp, vp (a run tells it; default linear)"),
     "prediction": (str, "what the model predicts: velocity, noise, score, or DiT's noise, x_start (a run tells it)"),
     "sample_eps": (float, "SiT: distance from the ends of time"),
     "atol": (float, "SiT, dopri5 (default 1e-6)"),
     "rtol": (float, "SiT, dopri5 (default 1e-3)"),
-    "diffusion_form": (str, "SiT, SDEs: constant, sbdm, sigma, linear, decreasing, increasing-decreasing (default sigma)"),
+    "diffusion_form": (str, "SiT, SDEs: constant, sbdm, sigma (default), linear, decreasing, increasing-decreasing"),
     "diffusion_norm": (float, "SiT, SDEs: factor of the form (default 1)"),
     "last_step": (str, "SiT, SDEs: mean, tweedie, euler, none (default mean)"),
     "last_step_size": (float, "SiT, SDEs (default 0.04)"),
@@ -950,12 +960,12 @@ def parse_arguments():
     parser.add_argument("--model", help="instead of a run: SiT-XL/2, DiT-XL/2 and the like, with --ckpt and --vae")
     parser.add_argument("--ckpt", type=Path, help="weights of --model: .pt or .safetensors")
     parser.add_argument("--vae", type=Path, help="autoencoder: its folder, or one file of its weights")
-    parser.add_argument("--out", type=Path, required=True, help="X.npz, X.zip, or a folder X for PNG files; pictures go "
-                        "beside it. With --trajectory and --interpolate a .png")
+    parser.add_argument("--out", type=Path, required=True, help="X.npz, X.zip, or a folder X for PNG files; pictures "
+                        "go beside it. With --trajectory and --interpolate a .png")
     parser.add_argument("--num", type=int, help="number of images (default: 100 samples, all reconstructions, 4 "
                         "trajectories, 9 steps of an interpolation)")
-    parser.add_argument("--classes", nargs="+", default=["balanced"], metavar="CLASS", help="balanced (default), random, "
-                        "or numbers or names, gone through again and again")
+    parser.add_argument("--classes", nargs="+", default=["balanced"], metavar="CLASS", help="balanced (default), "
+                        "random, or numbers or names, gone through again and again")
     parser.add_argument("--batch-size", type=int, default=100, help="images at once on a process")
     parser.add_argument("--decode-batch-size", type=int, help="latents that are decoded at once (default: see decode)")
     parser.add_argument("--seed", type=int, default=0)
@@ -974,8 +984,8 @@ def parse_arguments():
                         "names of published heads (default: the folder of the run's teacher)")
     parser.add_argument("--latents", action="store_true", help="write the latents too, as OUT-latents.npy")
     parser.add_argument("--trajectory", action="store_true", help="no samples: a picture of how noise becomes images")
-    parser.add_argument("--interpolate", type=int, nargs=2, metavar=("A", "B"), help="no samples: a picture of what lies "
-                        "between images number A and B")
+    parser.add_argument("--interpolate", type=int, nargs=2, metavar=("A", "B"), help="no samples: a picture of "
+                        "what lies between images number A and B")
     parser.add_argument("--reconstruct", metavar="DATA", help="no samples: images of this folder or .zip, or scenes, "
                         "through the autoencoder")
     parser.add_argument("--split", choices=("test", "train", "all"), default="test", help="reconstruct: which images")
@@ -1029,7 +1039,7 @@ def main():
         else:
             sample_run(cfg, device)
     except OSError as error:
-        stop(f"{error.filename or cfg.out} cannot be written ({error.strerror}): the same command goes on from here")
+        stop(f"{error.filename or cfg.out}: {error.strerror}: mend that, and the same command goes on from here")
     if process()[2] > 1:
         dist.destroy_process_group()
 

@@ -2802,6 +2802,9 @@ def test_reconstructions_are_measured_and_written(whole, tmp_path, lpips_cache):
         assert other[2][name] == pytest.approx(figures[name], rel=1e-3)
     assert sorted(p.name for p in tmp_path.iterdir() if p.name.startswith(".")) == []
     assert Image.open(tmp_path / "1.png").width > 200
+    words = ["sample.py", "--reconstruct", "scenes", "--vae", whole / "plain" / "vae", "--out", tmp_path / "1.npz"]
+    assert "is done already" in command(*words, "--num", 21, REALS_CACHE=lpips_cache).stdout
+    assert "images = 21, not 20" in refused(*words, "--num", 20, REALS_CACHE=lpips_cache)
 
 
 def test_two_processes_encode_the_same_latents(whole, tmp_path):
@@ -2853,10 +2856,10 @@ def test_a_sample_does_not_depend_on_its_batch(diffused, tmp_path, options):
 
 
 def test_killed_sampling_goes_on_where_it_stopped(diffused, tmp_path):
-    """SIGKILL, then two processes go on: what was written is kept, and the images, latents, masks and files are those of
-    an uninterrupted run. Other options do not go on."""
-    words = ["sample.py", "--run", str(diffused), "--num", "60", "--batch-size", "2", "--sampler", "sde-euler", "--steps",
-             "60", "--latents", "--out"]
+    """SIGKILL, then two processes go on: what was written is kept, and images and latents are those of an uninterrupted
+    run, with the noise of an SDE. Other options do not go on."""
+    words = ["sample.py", "--run", str(diffused), "--num", "60", "--batch-size", "2", "--sampler", "sde-euler",
+             "--steps", "60", "--latents", "--out"]
     command(*words, tmp_path / "a.npz")
     work = tmp_path / ".b.npz.partial"
     child = subprocess.Popen([sys.executable, *words, str(tmp_path / "b.npz")], cwd=HERE, stderr=subprocess.PIPE,
@@ -2907,7 +2910,8 @@ def test_tasks_are_read_off_the_written_latents(whole, tmp_path):
     """-tasks.npz holds what heads and MLPs give for -latents.npy, whose images are those of the .npz."""
     for processes in (1, 2):
         command("sample.py", "--run", whole / "aligned", "--num", 23, "--steps", 2, "--batch-size", 5, "--latents",
-                "--tasks", "segmentation", "depth", "features", "--out", tmp_path / f"{processes}.npz", processes=processes)
+                "--tasks", "segmentation", "depth", "features", "--out", tmp_path / f"{processes}.npz",
+                processes=processes)
     found, other = (np.load(tmp_path / f"{k}-tasks.npz") for k in (1, 2))
     z = torch.from_numpy(np.load(tmp_path / "1-latents.npy"))
     heads, task_heads = sample.load_heads(whole / "aligned" / "align"), sample.load_task_heads([whole / "teacher"])
@@ -2938,7 +2942,7 @@ def published(tmp_path_factory):
     nets = {name: fill(module.create(f"{name}-Ti/2", input_size=16, num_classes=30, learn_sigma=True), ("pos_embed",))
             for name, module in (("SiT", sit), ("DiT", dit))}
     weights = nets["SiT"].state_dict()
-    torch.save({"ema": weights, "model": {k: v + 1 for k, v in weights.items()}, "opt": {"state": {}, "param_groups": []},
+    torch.save({"ema": weights, "model": {k: v + 1 for k, v in weights.items()}, "opt": {"state": {}},
                 "args": argparse.Namespace(model="SiT-Ti/2")}, root / "sit.pt")
     torch.save(nets["DiT"].state_dict(), root / "dit.pt")
     return root, nets, theirs.eval()

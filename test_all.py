@@ -4,6 +4,7 @@
 import argparse
 import contextlib
 import copy
+import fcntl
 import functools
 import hashlib
 import http.server
@@ -20,6 +21,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import tracemalloc
@@ -52,7 +54,28 @@ import train
 import vae
 
 HERE = Path(__file__).parent
+torch.set_num_threads(1)                                                         # the other core is another test's
 REFERENCE = json.loads((HERE / "assets" / "reference.json").read_text())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tests run two at a time, a core each; what starts two processes waits for both cores
+
+CORES = open(Path(tempfile.gettempdir()) / f"reals-tests-{os.environ.get('PYTEST_XDIST_TESTRUNUID', os.getpid())}", "w")
+
+
+@pytest.fixture(autouse=True)
+def one_core():
+    fcntl.flock(CORES, fcntl.LOCK_SH)
+    yield
+    fcntl.flock(CORES, fcntl.LOCK_UN)
+
+
+@contextlib.contextmanager
+def both_cores():
+    fcntl.flock(CORES, fcntl.LOCK_EX)
+    yield
+    fcntl.flock(CORES, fcntl.LOCK_SH)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2273,12 +2296,12 @@ def command(*words, check=True, processes=1, fresh=False, **env):
         if processes > 1:
             start += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "--"]
         env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **env}
-        done = subprocess.run([*start, *words], cwd=HERE, env=env, capture_output=True, text=True, timeout=400)
+        with both_cores():
+            done = subprocess.run([*start, *words], cwd=HERE, env=env, capture_output=True, text=True, timeout=400)
     else:
         done = SimpleNamespace(returncode=0)
         urllib.request.install_opener(None)                                      # so that proxies are read anew
-        before = signal.getsignal(signal.SIGTERM), torch.get_default_dtype(), torch.get_num_threads()
-        torch.set_num_threads(1)
+        before = signal.getsignal(signal.SIGTERM), torch.get_default_dtype()
         with (mock.patch.dict(os.environ, env), mock.patch.object(sys, "argv", words), contextlib.chdir(HERE),
               contextlib.redirect_stdout(out), contextlib.redirect_stderr(err)):
             try:
@@ -2287,7 +2310,6 @@ def command(*words, check=True, processes=1, fresh=False, **env):
                 done.returncode = ended.code
         signal.signal(signal.SIGTERM, before[0])
         torch.set_default_dtype(before[1])
-        torch.set_num_threads(before[2])
         urllib.request.install_opener(None)
         done.stdout, done.stderr = out.getvalue(), err.getvalue()
     assert not check or done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
@@ -2586,25 +2608,27 @@ def test_nothing_holds_a_device_of_its_own():
     assert all(part.is_meta for part in train.on_meta(fid.InceptionV3())(empty(2, 3, 299, 299)))
 
 
-@pytest.mark.parametrize("kind", [signal.SIGTERM, signal.SIGKILL])
-def test_torchrun_starts_again_what_one_process_lost(whole, tmp_path, kind):
+def test_torchrun_starts_again_what_one_process_lost(whole, tmp_path):
     """A signal reaches one of two processes: asked to stop, both save at the same step; killed, both end. torchrun
     starts them again."""
-    through, stopped = (copy_of(whole, tmp_path / name, "vae", "latents") for name in "ab")
     stage = ["--stage", "sit", "--scenes", "240", "--batch-size", "8", "--steps", "90", "--log-every", "5",
              "--save-every", "10", "--vae", str(whole / "plain" / "vae")]
+    through = copy_of(whole, tmp_path / "through", "vae", "latents")
     command("train.py", "--out", through, *stage, processes=2)
-    words = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=1", "--", "train.py",
-             "--out", str(stopped), *stage]
-    child = subprocess.Popen([sys.executable, *words], cwd=HERE, stderr=subprocess.PIPE, text=True,
-                             env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
-    until_it_has_logged(child, stopped / "sit" / "log.jsonl", 5)
-    workers = Path(f"/proc/{child.pid}/task/{child.pid}/children").read_text().split()
-    ranks = {pid: Path(f"/proc/{pid}/environ").read_bytes() for pid in workers}
-    os.kill(next(int(pid) for pid, environ in ranks.items() if b"\0RANK=1\0" in environ), kind)
-    errors = child.communicate()[1]
-    assert child.returncode == 0 and ("143" if kind == signal.SIGTERM else "-9") in errors, errors[-3000:]
-    same_end(through, stopped)
+    for kind, told in ((signal.SIGTERM, "143"), (signal.SIGKILL, "-9")):
+        stopped = copy_of(whole, tmp_path / told, "vae", "latents")
+        words = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=1", "--",
+                 "train.py", "--out", str(stopped), *stage]
+        with both_cores():
+            child = subprocess.Popen([sys.executable, *words], cwd=HERE, stderr=subprocess.PIPE, text=True,
+                                     env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
+            until_it_has_logged(child, stopped / "sit" / "log.jsonl", 5)
+            workers = Path(f"/proc/{child.pid}/task/{child.pid}/children").read_text().split()
+            ranks = {pid: Path(f"/proc/{pid}/environ").read_bytes() for pid in workers}
+            os.kill(next(int(pid) for pid, environ in ranks.items() if b"\0RANK=1\0" in environ), kind)
+            errors = child.communicate()[1]
+        assert child.returncode == 0 and told in errors, errors[-3000:]
+        same_end(through, stopped)
 
 
 def test_a_full_disk_leaves_the_checkpoint_before(whole, tmp_path):
@@ -2654,11 +2678,12 @@ def test_two_processes_train_like_one(whole, tmp_path, lpips_cache, stage, optio
         words = ["--stage", stage, "--out", out, *SMALL, "--steps", 3, "--lr", 1e-3, "--warmup", 0, *options]
         words += {"align": ["--teacher", whole / "teacher"], "vae": []}.get(stage, ["--vae", whole / "plain" / "vae"])
         env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE), "REALS_CACHE": str(lpips_cache)}
-        children = [subprocess.Popen([sys.executable, *launch, str(script), *map(str, words)], env=env, text=True,
-                                     stderr=subprocess.PIPE) for _ in range(2 if name == "nodes" else 1)]
-        for child in children:
-            errors = child.communicate(timeout=200)[1]
-            assert child.returncode == 0, errors[-3000:]
+        with both_cores():
+            children = [subprocess.Popen([sys.executable, *launch, str(script), *map(str, words)], env=env, text=True,
+                                         stderr=subprocess.PIPE) for _ in range(2 if name == "nodes" else 1)]
+            for child in children:
+                errors = child.communicate(timeout=200)[1]
+                assert child.returncode == 0, errors[-3000:]
         states.append(torch.load(out / stage / "checkpoint.pt", weights_only=True))
     for other in states[1:]:
         for part in states[0].keys() & {"net", "ema", "discriminator"}:

@@ -101,7 +101,7 @@ def flag(default, text, choices=None):
 class Config:
     """Every flag. A default of None is filled in by the stage's row of DEFAULTS, or as its help says."""
     stage: str = flag(None, "one stage; without it all of them run, for a plain and an aligned autoencoder",
-                      ("teacher", "evaluator", "heads", "vae", "align", "latents", "sit", "dit", "report"))
+                      ("teacher", "evaluator", "heads", "vae", "align", "latents", "sit", "dit", "report", "study"))
     data: str = flag("scenes", "built-in scenes, or a folder or .zip with train/CLASS/* and test/CLASS/*, or CLASS/*")
     out: str = flag(None, "the run's folder (default: runs/ and the name of the data)")
     seed: int = flag(0, "of weights, noise and the order of the images")
@@ -152,12 +152,18 @@ class Config:
                                 "loss at the encoder's last layer")
     align_form: str = flag("both", "align: distance of features: cosine, smooth L1, or the first and a tenth of the "
                            "second", tuple(align.FORMS))
+    patch_weight: float = flag(1.0, "align: share of the patch tokens in the align loss")
+    cls_weight: float = flag(1.0, "align: share of the class token in the align loss")
+    shuffle_targets: bool = flag(False, "align: give every image the tokens of another, as a control")
     align_hidden: int = flag(256, "align: width of the two MLPs")
     fold: int = flag(None, "align: fold x fold latent cells make one token (default: what makes the grids meet)")
     pool: int = flag(4, "align: MLPcls sees the latent averaged to pool x pool cells")
     target: str = flag("norm", "align: the teacher's tokens after its last norm, or before", ("norm", "prenorm"))
     standardize: bool = flag(True, "align: targets of mean 0 and deviation 1 in every channel")
+    latent_scale: str = flag("channel", "autoencoder: diffusion sees latents of mean 0 and deviation 1 in every "
+                             "channel, or scaled by one factor, as Stable Diffusion's are", ("channel", "one"))
     vae: str = flag(None, "latents, sit, dit: folder of the autoencoder (default: OUT/align, else OUT/vae)")
+    latents: str = flag(None, "sit, dit: folder of stage latents (default: OUT/latents)")
     model: str = flag(None, "sit, dit: name of the model, for example SiT-B/2")
     path: str = flag("linear", "sit: from noise to data", ("linear", "gvp", "vp"))
     prediction: str = flag("velocity", "sit: what the model tells of a point on it", ("velocity", "noise", "score"))
@@ -179,6 +185,7 @@ DEFAULTS = {
     "sit": dict(steps=2400, batch_size=64, lr=2e-3, weight_decay=0.0, model="SiT-Ti/2"),
     "dit": dict(steps=2400, batch_size=64, lr=2e-3, weight_decay=0.0, model="DiT-Ti/2"),
     "report": dict(),
+    "study": dict(steps=2400),
 }
 
 
@@ -995,13 +1002,17 @@ class Run:
         barrier()
 
 
-def finished(folder, name):
-    """Whether a stage's result, which it writes last, is there; says so, since then nothing is done again."""
-    if (folder / name).is_file():
-        if process()[0] == 0:
-            print(f"{folder} is done already")
-        return True
-    return False
+PRODUCTS = {"teacher": "dinov2.safetensors", "evaluator": "evaluator.safetensors", "heads": "heads.json",
+            "vae": "config.json", "align": "config.json", "latents": "meta.json", "sit": "ema.safetensors",
+            "dit": "ema.safetensors"}                                            # what a stage writes last
+
+
+def finished(folder):
+    """Whether a stage's folder is complete; says so."""
+    done = (folder / PRODUCTS[folder.name]).is_file()
+    if done and process()[0] == 0:
+        print(f"{folder} is done already")
+    return done
 
 
 SPEED = ("seconds_per_step", "images_per_second", "data_wait", "peak_memory_gib", "model_flops_utilisation")
@@ -1120,7 +1131,8 @@ class Teacher(nn.Module):
 
 
 class Evaluator(nn.Module):
-    """A small convolutional classifier, (N, 3, H, W) in [-1, 1] -> features (N, 128) and class logits."""
+    """A small convolutional classifier, (N, 3, H, W) in [-1, 1] -> features (N, 128), class logits, and, as sFID has
+    them, spatial features: seven channels of an inner map (N, 7 h w)."""
 
     def __init__(self, num_classes, width=32):
         super().__init__()
@@ -1132,8 +1144,9 @@ class Evaluator(nn.Module):
         self.features, self.classifier = nn.Sequential(*layers), nn.Linear(channels, num_classes)
 
     def forward(self, x):
-        feats = self.features(x).mean(dim=(2, 3))
-        return feats, self.classifier(feats)
+        inner = self.features[:12](x)                                            # (N, 64, H / 4, W / 4)
+        feats = self.features[12:](inner).mean(dim=(2, 3))
+        return feats, self.classifier(feats), inner[:, :7].flatten(1)
 
 
 def degrade(x, rng):
@@ -1152,7 +1165,7 @@ def train_classifier(cfg):
         cfg = dataclasses.replace(cfg, seed=cfg.seed + 1000)
     folder, settings = claim_folder(cfg, *OPTIMISER)
     weights = "dinov2.safetensors" if cfg.stage == "teacher" else "evaluator.safetensors"
-    if finished(folder, weights):
+    if finished(folder):
         return
     device, data = device_of_process(), open_data(cfg, "train")
     torch.manual_seed(cfg.seed)
@@ -1184,7 +1197,7 @@ def train_classifier(cfg):
                 loss = loss + more
                 parts.update(dense_parts)
         else:
-            _, logits = model(degrade(x, rng))
+            _, logits, _ = model(degrade(x, rng))
             loss = F.cross_entropy(logits, labels)
             parts = {"class_loss": loss.detach()}
         opt.zero_grad()
@@ -1305,7 +1318,7 @@ def train_heads(cfg):
     """Stage heads."""
     (cfg, teacher_shape), device = with_teacher(cfg), device_of_process()
     folder, settings = claim_folder(cfg, *OPTIMISER, "teacher", "teacher_size")
-    if finished(folder, "heads.json"):
+    if finished(folder):
         return
     scenes, size, width = cfg.data == "scenes", cfg.image_size, teacher_shape.embed_dim
     data = open_data(cfg, "train") if scenes else DenseFolder(cfg.data, "train", size)
@@ -1378,7 +1391,7 @@ class WithTokens:
 
 
 @torch.no_grad()
-def encode_all(data, path, batch_size, description, encode):
+def encode_all(data, path, batch_size, workers, description, encode):
     """Write encode(x) of all images x (N, 3, H, W) in [-1, 1] to path, a float16 array (flips, images, ...), unflipped
     and, where the data is flipped in training, flipped. All processes work on it; a killed run goes on where it was."""
     device, flips = device_of_process(), 2 if data.flip else 1
@@ -1386,8 +1399,8 @@ def encode_all(data, path, batch_size, description, encode):
     work = Rows(path, (flips, len(data)), {}, encoded=(shape, np.float16))
     total, batches = work.count // process()[2], work.batches(batch_size)
     with progress(total, description, "image", max(0, total - sum(map(len, batches)))) as bar:
-        for rows in batches:
-            images = data.__getitems__([(row % len(data), row >= len(data)) for row in rows.tolist()])[0]
+        keys = [[(row % len(data), row >= len(data)) for row in rows.tolist()] for rows in batches]
+        for rows, (images, *_) in zip(batches, load_batches(data, keys, workers)):
             work.put(rows, encoded=encode(to_float(images, device)).cpu().numpy())
             bar.update(len(rows))
     work.finish()
@@ -1423,15 +1436,16 @@ def train_autoencoder(cfg):
     if cfg.image_size % autoencoder.factor:
         stop(f"--image-size {cfg.image_size} is not halved {len(cfg.channels) - 1} times without rest: see --channels")
     names = OPTIMISER + FORWARD + AUTOENCODER + (
-        "init", "gradient_checkpointing", "pixel_loss", "kl_weight", "perceptual_weight", "disc_weight", "disc_start")
+        "init", "gradient_checkpointing", "pixel_loss", "kl_weight", "perceptual_weight", "disc_weight", "disc_start",
+        "latent_scale")
     if aligned:
         cfg, teacher_shape = with_teacher(cfg)
         side = cfg.teacher_size // teacher_shape.patch_size                      # tokens, a side
         cfg = dataclasses.replace(cfg, fold=cfg.fold or max(1, grid // side))
-        names += ("teacher", "teacher_size", "align_weight", "align_adaptive", "align_form", "align_hidden", "fold",
-                  "pool", "target", "standardize")
+        names += ("teacher", "teacher_size", "align_weight", "align_adaptive", "align_form", "patch_weight",
+                  "cls_weight", "shuffle_targets", "align_hidden", "fold", "pool", "target", "standardize")
     folder, settings = claim_folder(cfg, *names)
-    if finished(folder, "config.json"):
+    if finished(folder):
         return
     data, held_out = open_data(cfg, "train"), open_data(cfg, "test")
     if cfg.gradient_checkpointing:
@@ -1467,7 +1481,7 @@ def train_autoencoder(cfg):
             return torch.cat([cls[:, None], patch], dim=1)
 
         if not (folder / "tokens.npy").is_file():
-            encode_all(data, folder / "tokens.npy", 64, f"tokens {cfg.out}", encode)
+            encode_all(data, folder / "tokens.npy", 64, cfg.workers, f"tokens {cfg.out}", encode)
         data = WithTokens(data, folder / "tokens.npy")
     if cfg.compile:
         autoencoder.encoder.compile()
@@ -1507,7 +1521,7 @@ def train_autoencoder(cfg):
                 name = "reconstructions" if end else f"step-{step + 1:07}"
                 draw_reconstructions(autoencoder, held_out, folder / "samples" / f"{name}.png", device)
     autoencoder.eval()
-    measure_latents(autoencoder, data, device, cfg.statistics)
+    measure_latents(autoencoder, data, device, cfg.statistics, cfg.latent_scale)
     if process()[0] == 0:
         if aligned:
             write_json(net.heads.config, folder / "heads.json")
@@ -1556,7 +1570,9 @@ def autoencoder_step(cfg, parts, model, x, noise, step, tokens=None):
         disc_start=cfg.disc_start, discriminator=parts.discriminator, last_layer=net.vae.decoder.conv_out.weight)
     if net.heads is not None:
         target = net.heads.standardize(*(tokens or tokens_of(cfg, parts.teacher, x)))
-        align_loss, cosines = align.align_loss(*features, *target, cfg.align_form)
+        if cfg.shuffle_targets:
+            target = [x.roll(1, dims=0) for x in target]
+        align_loss, cosines = align.align_loss(*features, *target, cfg.align_form, cfg.patch_weight, cfg.cls_weight)
         weight = cfg.align_weight
         if cfg.align_adaptive:
             weight = weight * vae.adaptive_weight(loss, align_loss, net.vae.encoder.conv_out.weight)
@@ -1604,12 +1620,17 @@ def draw_reconstructions(autoencoder, data, path, device):
                        scale=1 if images.shape[-1] >= 128 else 2), path)
 
 
-def measure_latents(autoencoder, data, device, count):
-    """Statistics of the latents of at most `count` training images, spread evenly over the data, into the config."""
+def measure_latents(autoencoder, data, device, count, scale):
+    """Statistics of the latents of at most `count` training images, spread evenly over the data, into the config: mean
+    and deviation of every channel, or, with the scale "one", the one factor that makes them of deviation 1."""
     rank, _, world_size = process()
     rows = np.unique(np.linspace(0, len(data) - 1, min(count, len(data))).astype(int))
     batches = (to_float(images, device) for images, *_ in all_batches(data, 8, np.array_split(rows, world_size)[rank]))
-    autoencoder.config["latents_mean"], autoencoder.config["latents_std"] = vae.latent_statistics(autoencoder, batches)
+    mean, std = map(np.array, vae.latent_statistics(autoencoder, batches))
+    if scale == "channel":
+        autoencoder.config.update(latents_mean=mean.tolist(), latents_std=std.tolist())
+    else:
+        autoencoder.config["scaling_factor"] = ((std ** 2 + mean ** 2).mean() - mean.mean() ** 2) ** -0.5
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1628,7 +1649,7 @@ def encode_latents(cfg):
     source, device = find_autoencoder(cfg), device_of_process()
     cfg = dataclasses.replace(cfg, vae=str(source))
     folder, settings = claim_folder(cfg, "vae", autoencoder=checksum(source))
-    if finished(folder, "meta.json"):
+    if finished(folder):
         return
     autoencoder, data = load_autoencoder(source).to(device), open_data(cfg, "train")
     if cfg.dry_run:
@@ -1641,7 +1662,7 @@ def encode_latents(cfg):
         posterior = autoencoder.encode(x).latent_dist
         return torch.cat([posterior.mean, posterior.std], dim=1)
 
-    encode_all(data, folder / "moments.npy", cfg.batch_size, f"latents {cfg.out}", encode)
+    encode_all(data, folder / "moments.npy", cfg.batch_size, cfg.workers, f"latents {cfg.out}", encode)
     if process()[0] == 0:
         with atomic_file(folder / "labels.npy") as file:
             np.save(file, data.labels.numpy())
@@ -1655,9 +1676,9 @@ class Latents:
     """The moments that stage latents wrote, as a data set; stops where they are missing or of another autoencoder."""
 
     def __init__(self, cfg, source):
-        folder = Path(cfg.out) / "latents"
+        folder = Path(cfg.latents or Path(cfg.out) / "latents")
         if not (folder / "meta.json").is_file():
-            stop(f"{folder}/meta.json not found: run train.py --stage latents --out {cfg.out} first")
+            stop(f"{folder}/meta.json not found: run train.py --stage latents --out {folder.parent} first")
         meta = json.loads((folder / "meta.json").read_text())
         if meta["autoencoder"] != checksum(source):
             stop(f"{folder} was encoded by another autoencoder than {source}: delete it and run --stage latents again")
@@ -1714,7 +1735,7 @@ def diffusion_plan(cfg, data, net, config):
 def train_diffusion(cfg):
     """Stages sit and dit."""
     device, module = device_of_process(), FAMILIES[cfg.stage][0]
-    if cfg.dry_run and not (Path(cfg.out) / "latents" / "meta.json").is_file():
+    if cfg.dry_run and not (Path(cfg.latents or Path(cfg.out) / "latents") / "meta.json").is_file():
         data, size = open_data(cfg, "train"), cfg.image_size // 2 ** (len(cfg.channels) - 1)
         transformer = new_transformer(cfg, cfg.latent_channels, size, len(data.classes))
         diffusion_plan(cfg, data, *transformer).print(Path(cfg.out) / cfg.stage)  # and then tell what is missing
@@ -1723,7 +1744,7 @@ def train_diffusion(cfg):
     names = OPTIMISER + FORWARD + (("path", "prediction", "loss_weight") if cfg.stage == "sit" else ())
     names += ("gradient_checkpointing", "vae", "model", "label_dropout", "ema")
     folder, settings = claim_folder(cfg, *names, autoencoder=checksum(source))
-    if finished(folder, "ema.safetensors"):
+    if finished(folder):
         return
     autoencoder, data = load_autoencoder(source).to(device), Latents(cfg, source)
     settings["classes"] = data.classes                                           # for sample.py
@@ -1865,7 +1886,7 @@ class Judge:
         self.subset = range(0, len(train), max(1, len(train) // 8000))           # a folder lists class after class
         images, self.train_labels, *_ = (torch.cat(p).to(device) for p in zip(*all_batches(train, 500, self.subset)))
         self.x_test, self.x_train = to_float(self.images, device), to_float(images, device)
-        self.real, self.real_logits = in_batches(self.evaluator, self.x_test)
+        self.real, self.real_logits, self.real_spatial = in_batches(self.evaluator, self.x_test)
         self.tokens = in_batches(self.tokens_of, self.x_test)
         self.read = in_batches(self.read_images, self.x_test) if self.task_heads else None
 
@@ -1891,7 +1912,7 @@ class Judge:
     def ideal(self):
         """The end of the scale: what real images score, and what the teacher reads off the images themselves."""
         some = torch.randperm(len(self.x_train), generator=generator(self.cfg.seed, 3))[:self.cfg.num_samples]
-        others, _ = in_batches(self.evaluator, self.x_train[some.to(self.device)])
+        others, *_ = in_batches(self.evaluator, self.x_train[some.to(self.device)])
         accuracy = (self.real_logits.argmax(1) == self.labels).float().mean().item()
         figures = {"FD of samples, no guidance": frechet(others, self.real),
                    "class accuracy of samples, no guidance": accuracy}
@@ -1904,7 +1925,7 @@ def score_autoencoder(judge, autoencoder, heads, z_train, z_test):
     """Figures of an autoencoder's reconstructions and latents (N, C, h, w); its reconstructions and their features."""
     rec = in_batches(lambda z: to_uint8(autoencoder.decode(z).sample), z_test)
     x, (patch, cls) = to_float(rec, judge.device), in_batches(heads, z_test)
-    feats, _ = in_batches(judge.evaluator, x)
+    feats, *_ = in_batches(judge.evaluator, x)
     patch_target, cls_target = heads.standardize(*judge.tokens)
     accuracy = linear_probe(z_train.flatten(1), judge.train_labels, z_test.flatten(1), judge.labels, len(judge.classes))
     return {"PSNR of reconstructions, dB": vae.psnr(x, judge.x_test).mean().item(),
@@ -1919,7 +1940,7 @@ def score_samples(judge, path, rec_feats, label):
     with np.load(path) as archive:
         images, labels = (torch.from_numpy(archive[name]) for name in ("arr_0", "arr_1"))
     images = images.permute(0, 3, 1, 2)
-    feats, logits = in_batches(judge.evaluator, to_float(images, judge.device))
+    feats, logits, _ = in_batches(judge.evaluator, to_float(images, judge.device))
     accuracy = (logits.argmax(1).cpu() == labels).float().mean().item()
     return {f"FD of samples, {label}": frechet(feats, judge.real),
             f"FD of samples to own reconstructions, {label}": frechet(feats, rec_feats),
@@ -2062,47 +2083,64 @@ def chain(given):
             ImageFolder(cfg.data, split, 1)                                      # say now what is wrong with the data
     out, dry_run = Path(cfg.out), given.pop("dry_run", False)
     given = {name: value for name, value in given.items() if name != "out"}
-    path = out / "config.json"
-    if path.is_file() and json.loads(path.read_text()) != given:
-        stop(f"{out} holds a run with {json.loads(path.read_text())}, not {given}: choose another --out, or delete it")
-    flags = []
+    flags = as_flags(given)
+    plain, aligned = out / "plain", out / "aligned"
+    tasks = ["--tasks", "features", *(("segmentation", "depth") if cfg.data == "scenes" else ())]
+    common = ["--num", cfg.num_samples, "--steps", 8, "--seed", cfg.seed]
+    jobs = {
+        "teacher": stage_job("teacher", out, flags),
+        "plain/vae": stage_job("vae", plain, flags),
+        "aligned/align": stage_job("align", aligned, ["--teacher", out / "teacher", *flags], "teacher"),
+        "evaluator": stage_job("evaluator", out, flags),
+        "plain/latents": stage_job("latents", plain, flags, "plain/vae"),
+        "aligned/latents": stage_job("latents", aligned, flags, "aligned/align"),
+        "plain/sit": stage_job("sit", plain, flags, "plain/latents"),
+        "aligned/sit": stage_job("sit", aligned, flags, "aligned/latents"),
+        "plain/samples": sample_job(plain, "samples", [*common, "--latents"], "plain/sit"),
+        "aligned/samples": sample_job(aligned, "samples", [*common, "--latents", *tasks], "aligned/sit"),
+    }
+    for arm in (plain, aligned):
+        guided = sample_job(arm, "samples-guided", [*common, "--cfg-scale", cfg.cfg_scale], f"{arm.name}/sit")
+        jobs[f"{arm.name}/samples-guided"] = guided
+    if dry_run:
+        return print("\n".join(shlex.join(["python", *command[1:]]) for command, *_ in jobs.values()))
+    claim_run(out, given)
+    run_jobs(jobs, out)
+    report(cfg)
+
+
+def as_flags(given):
+    """Settings as the words of a command."""
+    words = []
     for name, value in given.items():
         name = name.replace("_", "-")
         if isinstance(value, bool):
-            flags.append(f"--{name}" if value else f"--no-{name}")
+            words.append(f"--{name}" if value else f"--no-{name}")
         else:
-            flags += [f"--{name}", *map(str, np.atleast_1d(value))]
-    plain, aligned = str(out / "plain"), str(out / "aligned")
+            words += [f"--{name}", *map(str, np.atleast_1d(value))]
+    return words
 
-    def stage(name, run):
-        extra = ["--teacher", str(out / "teacher")] if name == "align" else []
-        return [sys.executable, __file__, "--stage", name, "--out", run, *extra, *flags]
 
-    def samples(run, name, scale):
-        tasks = ["--tasks", "features", *(("segmentation", "depth") if cfg.data == "scenes" else ())]
-        return [sys.executable, str(Path(__file__).with_name("sample.py")), "--run", run,
-                "--out", f"{run}/{name}.npz", "--num", str(cfg.num_samples), "--steps", "8",
-                "--seed", str(cfg.seed), "--cfg-scale", str(scale), *(("--latents",) if name == "samples" else ()),
-                *(tasks if run == aligned and name == "samples" else ())]
-
-    arms = ("plain", "aligned")
-    jobs = {                                                                     # name: (command, what comes before it)
-        "teacher": (stage("teacher", str(out)), ()),
-        "plain/vae": (stage("vae", plain), ()),
-        "aligned/align": (stage("align", aligned), ("teacher",)),
-        "evaluator": (stage("evaluator", str(out)), ()),
-        **{f"{run}/latents": (stage("latents", str(out / run)), (f"{run}/{vae}",))
-           for run, vae in (("plain", "vae"), ("aligned", "align"))},
-        **{f"{run}/sit": (stage("sit", str(out / run)), (f"{run}/latents",)) for run in arms},
-        **{f"{run}/{name}": (samples(str(out / run), name, scale), (f"{run}/sit",))
-           for name, scale in (("samples", 1), ("samples-guided", cfg.cfg_scale)) for run in arms},
-    }
-    if dry_run:
-        return print("\n".join(shlex.join(["python", *command[1:]]) for command, _ in jobs.values()))
+def claim_run(out, given):
+    """Make the folder of many stages; stops where it holds a run of other flags."""
+    path = out / "config.json"
+    if path.is_file() and json.loads(path.read_text()) != given:
+        stop(f"{out} holds a run with {json.loads(path.read_text())}, not {given}: choose another --out, or delete it")
     out.mkdir(parents=True, exist_ok=True)
     write_json(given, path)
-    run_jobs(jobs, out)
-    report(cfg)
+
+
+def stage_job(name, out, flags, *before):
+    """A stage as run_jobs takes it: its command, the names of the jobs before it, the file that it ends with."""
+    return [sys.executable, __file__, "--stage", name, "--out", str(out), *map(str, flags)], before, Path(
+        out, name, PRODUCTS[name])
+
+
+def sample_job(run, name, flags, *before):
+    """The samples RUN/NAME.npz as run_jobs takes them."""
+    file = Path(run, f"{name}.npz")
+    return [sys.executable, str(Path(__file__).with_name("sample.py")), "--run", str(run), "--out", str(file),
+            *map(str, flags)], before, file
 
 
 def run_jobs(jobs, out):
@@ -2113,17 +2151,19 @@ def run_jobs(jobs, out):
     path = out / "timings.json"
     timings = json.loads(path.read_text()) if path.is_file() else {}
     done, running = set(), {}
-    for name in jobs:                                                            # samples are as good as their weights
-        file, weights = out / f"{name}.npz", out / name.split("/")[0] / "sit" / "ema.safetensors"
-        latents = name.endswith("guided") or (out / f"{name}-latents.npy").is_file()
-        if file.is_file() and latents and weights.is_file() and weights.stat().st_mtime <= file.stat().st_mtime:
+    for name, (command, before, product) in jobs.items():
+        if product.suffix == ".npz" and product.is_file():                       # samples are as good as their weights
+            weights, latents = jobs[before[0]][2], product.with_name(product.stem + "-latents.npy")
+            fresh = weights.is_file() and weights.stat().st_mtime <= product.stat().st_mtime
+            if not fresh or "--latents" in command and not latents.is_file():
+                product.unlink()
+        if product.is_file():
             done.add(name)
-        elif file.is_file():
-            file.unlink()
+            print(f"{name} is done already")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))                      # so that `finally` comes to pass
     try:
         while len(done) < len(jobs):
-            for name, (command, before) in jobs.items():
+            for name, (command, before, _) in jobs.items():
                 if len(running) < slots and name not in done | running.keys() and done.issuperset(before):
                     slot = min(set(range(slots)) - {slot for _, slot, _ in running.values()})
                     tqdm.write("$ " + " ".join(["python", *command[1:]]))
@@ -2146,6 +2186,265 @@ def run_jobs(jobs, out):
             child.wait()
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# The study: does alignment help, how much, and why? Its plan stands before its results, and every run counts
+
+GUIDANCE = {"no guidance": [], "guidance 1.5": ["--cfg-scale", 1.5],
+            "guidance 1.5 at noise 0 to 0.75": ["--cfg-scale", 1.5, "--cfg-interval", 0, 0.75]}
+STUDY_SAMPLER = {"sit": ["--steps", 8], "dit": ["--sampler", "ddim", "--steps", 20]}
+AUTOENCODERS = {                                                                 # name: (stage, flags)
+    "plain": ("vae", []),
+    "aligned": ("align", []),
+    # controls: what does as well as the teacher would refute the claim
+    "random teacher": ("align", ["--teacher", "RANDOM"]),
+    "shuffled targets": ("align", ["--shuffle-targets"]),
+    "plain, KL x 2": ("vae", ["--kl-weight", 2e-6]),
+    "plain, KL x 4": ("vae", ["--kl-weight", 4e-6]),
+    # ablations: one choice changed
+    "cosine": ("align", ["--align-form", "cosine"]),
+    "smooth L1": ("align", ["--align-form", "l1"]),
+    "weight 0.02": ("align", ["--align-weight", 0.02]),
+    "weight 0.15": ("align", ["--align-weight", 0.15]),
+    "adaptive weight 0.5": ("align", ["--align-weight", 0.5, "--align-adaptive"]),
+    "patches only": ("align", ["--cls-weight", 0]),
+    "class token only": ("align", ["--patch-weight", 0]),
+    "fold 2": ("align", ["--fold", 2]),
+    "pooled to 1 x 1": ("align", ["--pool", 1]),
+    "un-normed targets": ("align", ["--target", "prenorm"]),
+    "targets not standardised": ("align", ["--no-standardize"]),
+    "plain, one scale": ("vae", ["--latent-scale", "one"]),
+    "aligned, one scale": ("align", ["--latent-scale", "one"]),
+}
+CONTROLS = ("random teacher", "shuffled targets", "plain, KL x 2", "plain, KL x 4")
+
+
+def study_runs(cfg):
+    """The plan: (seed, autoencoder, family, steps, guidance) of every set of samples, in the order of the work."""
+    steps, whole = cfg.steps, cfg.data == "scenes"
+    runs = [(seed, name, family, length, guidance)
+            for length in ((steps // 2, steps, 2 * steps) if whole else (steps,))
+            for seed in range(3 if whole else 2) for family in (("sit", "dit") if whole else ("sit",))
+            for name in ("plain", "aligned") for guidance in GUIDANCE]
+    if whole:
+        runs += [(0, name, "sit", steps, "no guidance") for name in list(AUTOENCODERS)[2:]]
+    return runs
+
+
+def study_arm(out, seed, name):
+    """Folder of an autoencoder of the study."""
+    return out / f"seed{seed}" / name.replace(",", "").replace(" ", "-")
+
+
+def study_samples(out, seed, name, family, steps, guidance):
+    """Where samples of the study are, without ending."""
+    return study_arm(out, seed, name) / f"{family}-{steps}" / f"samples-{list(GUIDANCE).index(guidance)}"
+
+
+def study_jobs(cfg, given, out):
+    """Everything that is trained and sampled, as run_jobs takes it."""
+    flags = as_flags({name: value for name, value in given.items() if name not in ("stage", "out", "steps", "seed")})
+    jobs = {"teacher": stage_job("teacher", out, flags), "evaluator": stage_job("evaluator", out, flags)}
+    for seed, name, family, steps, guidance in study_runs(cfg):
+        arm, (stage, extra) = study_arm(out, seed, name), AUTOENCODERS[name]
+        teacher = out / ("random" if "RANDOM" in extra else "") / "teacher"
+        if "RANDOM" in extra:                                                    # a step at a rate of zero
+            jobs["random teacher"] = stage_job("teacher", out / "random", [*flags, "--steps", 1, "--lr", 0])
+            extra = []
+        first = "random teacher" if name == "random teacher" else "teacher"
+        aligned, key = stage == "align", str(arm.relative_to(out))
+        extra = [*extra, "--seed", seed, *flags]
+        jobs[key] = stage_job(stage, arm, ["--teacher", teacher, *extra] if aligned else extra,
+                              *((first,) if aligned else ()))
+        jobs[f"{key}/latents"] = stage_job("latents", arm, ["--vae", arm / stage, *flags], key)
+        run = arm / f"{family}-{steps}"
+        weights = str(run.relative_to(out))
+        jobs[weights] = stage_job(family, run, ["--vae", arm / stage, "--latents", arm / "latents", "--steps", steps,
+                                                "--seed", seed, *flags], f"{key}/latents")
+        path = study_samples(out, seed, name, family, steps, guidance)
+        jobs[str(path.relative_to(out))] = sample_job(
+            run, path.name, ["--family", family, "--num", cfg.num_samples, "--seed", seed, *STUDY_SAMPLER[family],
+                             *GUIDANCE[guidance]], weights)
+    return jobs
+
+
+def latent_spectrum(z):
+    """Of latents (N, C, h, w) as diffusion sees them: how many dimensions carry their variance, (sum v)^2 / sum v^2 of
+    the eigenvalues v of their covariance; and the share of the variance in each ring of spatial frequencies."""
+    x = (z - z.mean(0)).double()
+    values = torch.linalg.eigvalsh(x.flatten(1).T @ x.flatten(1))
+    power = torch.fft.fft2(x).abs().square().sum((0, 1))                         # (h, w)
+    frequency = torch.fft.fftfreq(z.shape[-1], device=z.device) * z.shape[-1]
+    ring = (frequency[:, None] ** 2 + frequency ** 2).sqrt().round().long()
+    rings = torch.zeros(int(ring.max()) + 1, dtype=power.dtype, device=z.device).index_add(0, ring.flatten(),
+                                                                                            power.flatten())
+    return (values.sum() ** 2 / values.square().sum()).item(), (rings / rings.sum()).tolist()
+
+
+def study_autoencoder(judge, arm, stage, heads_config):
+    """Figures of an autoencoder of the study, and the evaluator's features of its reconstructions. The MLPs that read
+    its latents are fitted afterwards, for all autoencoders alike."""
+    autoencoder = load_autoencoder(arm / stage).to(judge.device)
+    latents = Latents(dataclasses.replace(judge.cfg, out=arm, latents=None), arm / stage)
+    z_train = latents.__getitems__([(i, False) for i in judge.subset])[0].chunk(2, dim=1)[0].to(judge.device)
+    z_test = in_batches(lambda x: autoencoder.encode(x).latent_dist.mean, judge.x_test)
+    heads = judge.heads_for(heads_config, z_train)
+    figures, _, rec_feats = score_autoencoder(judge, autoencoder, heads, z_train, z_test)
+    if judge.task_heads:
+        read = in_batches(lambda z: read_latents(heads, judge.task_heads, z, judge.cfg.image_size), z_test)
+        figures.update(zip(TASK_FIGURES, score_tasks(read, judge.truth)))
+    figures["dimensions"], figures["rings"] = latent_spectrum(autoencoder.normalize(z_test))
+    others = z_test[torch.randperm(len(z_test), generator=generator(judge.cfg.seed, 5)).to(judge.device)]
+    between = in_batches(lambda z: judge.evaluator(autoencoder.decode(z).sample)[0], (z_test + others) / 2)
+    figures["FD halfway between two latents"] = frechet(between, judge.real)
+    log = [json.loads(line) for line in (arm / stage / "log.jsonl").read_text().splitlines()]
+    figures["seconds per step"] = float(np.median([line["seconds_per_step"] for line in log]))
+    return figures, rec_feats
+
+
+def study_sample_figures(judge, path, rec_feats):
+    """Figures of a set of samples: those of ADM's suite, with the evaluator in place of Inception."""
+    with np.load(path) as archive:
+        images, labels = torch.from_numpy(archive["arr_0"]).permute(0, 3, 1, 2), torch.from_numpy(archive["arr_1"])
+    feats, logits, spatial = in_batches(judge.evaluator, to_float(images, judge.device))
+    precision, recall = fid.precision_recall(judge.real, feats)
+    return {"FD": frechet(feats, judge.real), "sFD": frechet(spatial, judge.real_spatial),
+            "IS": fid.inception_score(logits), "precision": precision, "recall": recall,
+            "FD to own reconstructions": frechet(feats, rec_feats),
+            "class accuracy": (logits.argmax(1).cpu() == labels).float().mean().item()}
+
+
+def measure_study(cfg, out):
+    """Append to results.jsonl what is finished and not in it yet, a line an autoencoder and a line a set of samples;
+    returns all lines. A line is made anew when its weights have changed."""
+    path, device = out / "results.jsonl", device_of_process()
+    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    known = {json.dumps([line["run"], line["weights"]]) for line in lines}
+    found, judge, config = {}, None, None
+    for run in study_runs(cfg):
+        seed, name, *_ = run
+        samples = study_samples(out, *run).with_suffix(".npz")
+        if samples.is_file():
+            found.setdefault((seed, name), []).append((run, samples))
+    with progress(sum(map(len, found.values())), "measure", "set") as bar, open(path, "a") as file:
+        for (seed, name), sets in found.items():
+            arm, stage = study_arm(out, seed, name), AUTOENCODERS[name][0]
+            sets = [(run, samples, {key: json.loads(samples.with_suffix(".json").read_text())[key]
+                                    for key in ("transformer", "autoencoder")}) for run, samples in sets]
+            own = [seed, name], {"autoencoder": checksum(arm / stage)}
+            todo = [row for row in sets if json.dumps([list(row[0]), row[2]]) not in known]
+            if not todo and json.dumps(list(own)) in known:
+                bar.update(len(sets))
+                continue
+            if judge is None:
+                aligned = study_arm(out, 0, "aligned") / "align"
+                judge, config = Judge(cfg, out, read_settings(aligned), device), load_heads(aligned).config
+            figures, rec_feats = study_autoencoder(judge, arm, stage, config)
+            new = [] if json.dumps(list(own)) in known else [(*own, figures)]
+            new += [(run, weights, study_sample_figures(judge, samples, rec_feats)) for run, samples, weights in todo]
+            for run, weights, figures in new:
+                lines.append(json.loads(json.dumps({"run": run, "weights": weights, **figures})))
+                file.write(json.dumps(lines[-1]) + "\n")
+                file.flush()
+            bar.update(len(sets))
+    return {tuple(line["run"]): line for line in lines}                          # the last of a run counts
+
+
+def spread(values, digits=2):
+    """Mean and standard deviation as text."""
+    text = f"{np.mean(values):.{digits}f}"
+    return text + (f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else "")
+
+
+def study_report(cfg, out, results):
+    """report.md of the study: the plan, then the tables of what is there."""
+    runs, done, arms = study_runs(cfg), set(results), ("plain", "aligned")
+    seeds = sorted({run[0] for run in runs})
+    text = [f"# Plain and aligned latents: {cfg.data}", "",
+            f"The plan, made before any result: {len(runs)} sets of {cfg.num_samples} samples; seeds "
+            f"{', '.join(map(str, seeds))}, each of its own autoencoders and transformers, with one teacher and one "
+            f"evaluator; steps of the transformer {', '.join(str(s) for s in sorted({run[3] for run in runs}))}, each "
+            "with a schedule of its own. All seeds and all lengths stand below. "
+            f"{sum(run in done for run in runs)} of the {len(runs)} sets are there.", "",
+            "FD is the Frechet distance of the evaluator's features to held-out images, sFD that of its spatial "
+            "features; IS, precision and recall are of the evaluator too. They compare within this report only. Where "
+            "there are several seeds: mean and standard deviation.", ""]
+    changes = {}
+    main = ["| | steps | guidance | FD plain | FD aligned | change | sFD | IS | precision | recall |",
+            "|---" * 10 + "|"]
+    for family, steps, guidance in dict.fromkeys(run[2:] for run in runs):
+        pairs = [[results.get((seed, name, family, steps, guidance)) for name in arms] for seed in seeds]
+        pairs = [pair for pair in pairs if all(pair)]
+        if not pairs:
+            continue
+        change = [100 * (aligned["FD"] / plain["FD"] - 1) for plain, aligned in pairs]
+        changes.setdefault(guidance, []).extend(change)
+
+        def both(key, digits=2):
+            return " → ".join(spread([pair[i][key] for pair in pairs], digits) for i in (0, 1))
+
+        main.append(f"| {FAMILIES[family][1].__name__} | {steps} | {guidance} | " + " | ".join(
+            both("FD").split(" → ")) + f" | {spread(change, 0)} % | {both('sFD')} | {both('IS')} | "
+            f"{both('precision')} | {both('recall')} |")
+    text += ["## Main table", "", *main, ""]
+    for guidance, change in changes.items():
+        text.append(f"* {guidance}: the FD of aligned latents is {-np.mean(change):.0f} % lower on average over "
+                    f"{len(change)} pairs (from {-np.max(change):.0f} to {-np.min(change):.0f} %); the paper's 15 % is "
+                    f"{'reached' if np.mean(change) <= -15 else 'not reached'}.")
+    names = [name for name in AUTOENCODERS if (0, name) in results]
+    columns = {"PSNR of reconstructions, dB": ("PSNR, dB", 2), "FD of reconstructions": ("FD rec.", 3),
+               "linear probe on latents, accuracy": ("probe", 3), "cosine to the teacher, patches": ("cosine", 3),
+               TASK_FIGURES[0]: ("mIoU", 3), TASK_FIGURES[1]: ("depth error", 3), "dimensions": ("dimensions", 0),
+               "FD halfway between two latents": ("FD halfway", 2)}
+    columns = {key: value for key, value in columns.items() if names and key in results[0, names[0]]}
+    for title, chosen in (("Why", (*arms, *CONTROLS)),
+                          ("Ablations", [name for name in AUTOENCODERS if name not in CONTROLS])):
+        rows = [name for name in chosen if name in names]
+        table = ["| autoencoder | " + " | ".join(label for label, _ in columns.values()) + " | FD of samples |",
+                 "|---" * (len(columns) + 2) + "|"]
+        for name in rows:
+            line, sampled = results[0, name], results.get((0, name, "sit", cfg.steps, "no guidance"))
+            table.append(f"| {name} | " + " | ".join(f"{line[key]:.{digits}f}" for key, (_, digits) in columns.items())
+                         + f" | {sampled['FD']:.2f} |" if sampled else " | |")
+        if len(rows) > 1:
+            text += ["", f"## {title}", "", f"Seed 0; samples of SiT after {cfg.steps} steps, no guidance. The MLPs "
+                     "that read cosine, masks and depth off the latents are fitted afterwards, for all alike.", ""]
+            text += table
+    pairs = [[results.get((seed, name)) for name in arms] for seed in seeds]
+    pairs = [pair for pair in pairs if all(pair)]
+    if pairs:
+        share = [100 * (aligned["seconds per step"] / plain["seconds per step"] - 1) for plain, aligned in pairs]
+        text += ["", "## Cost", "", f"A step of the aligned autoencoder takes {spread(share, 0)} % longer than one of "
+                 "the plain; the transformer and its sampling are the same computation on latents of the same shape."]
+        rings = {name: list(enumerate(results[0, name]["rings"])) for name in arms if name in names}
+        save_picture(plot({"share of variance by spatial frequency": rings}, (480, 260)), out / "spectrum.png")
+        text += ["", "![spectrum](spectrum.png)"]
+    with atomic_file(out / "report.md") as file:
+        file.write(("\n".join(text) + "\n").encode())
+
+
+def study(cfg, given):
+    """Stage study: train, sample and measure all of the plan, in parts; after each the report is written anew."""
+    out, runs, dry_run = Path(cfg.out), study_runs(cfg), given.pop("dry_run", False)
+    jobs = study_jobs(cfg, given, out)
+    if dry_run:
+        return print("\n".join(shlex.join(["python", *command[1:]]) for command, *_ in jobs.values()))
+    claim_run(out, {name: value for name, value in given.items() if name != "out"})
+
+    def with_inputs(names):
+        for name in names:
+            yield from with_inputs(jobs[name][1])
+            yield name
+
+    study_report(cfg, out, measure_study(cfg, out))                              # at first the plan alone
+    for length, seed in [*dict.fromkeys((run[3], run[0]) for run in runs), (None, None)]:
+        part = [run for run in runs if length is None
+                or run[1] in ("plain", "aligned") and (run[3], run[0]) == (length, seed)]
+        names = with_inputs(["evaluator", *(str(study_samples(out, *run).relative_to(out)) for run in part)])
+        run_jobs({name: jobs[name] for name in dict.fromkeys(names)}, out)
+        study_report(cfg, out, measure_study(cfg, out))
+    print(f"report and pictures: {out}/report.md; figures of every run: {out}/results.jsonl")
+
+
 def run_stage(cfg):
     """One stage, in this process of perhaps several."""
     if cfg.steps and cfg.batch_size % (process()[2] * cfg.accumulate):
@@ -2166,7 +2465,8 @@ def main(argv=None):
     given = parse_arguments(argv)
     try:
         if "stage" in given:
-            run_stage(resolve(given, given["stage"]))
+            cfg = resolve(given, given["stage"])
+            study(cfg, given) if cfg.stage == "study" else run_stage(cfg)
         else:
             chain(given)
     except DataError as error:

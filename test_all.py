@@ -3102,6 +3102,54 @@ def test_the_chain_runs_on_images_from_disk(tmp_path):
     assert np.load(tmp_path / "run" / "plain" / "latents" / "moments.npy").shape[:2] == (2, 80)     # both flips
 
 
+def test_the_study_plans_measures_and_reports(whole, tmp_path):
+    """Its plan has every seed, length, family and guidance for both arms; what is there is measured once, with the
+    figures of the chain's report; what is missing is not in the tables."""
+    done = command("train.py", "--stage", "study", "--dry-run", "--out", tmp_path / "x", *SMALL)
+    jobs = done.stdout.splitlines()
+    assert sum("/sample.py " in job for job in jobs) == 2 * 3 * 3 * 2 * 3 + len(train.AUTOENCODERS) - 2
+    assert not (tmp_path / "x").exists() and len(jobs) == len(set(jobs))
+    given = dict(stage="study", out=str(tmp_path), scenes=240, num_samples=20, steps=6, batch_size=8)
+    cfg = train.resolve(given, "study")
+    shutil.copytree(whole / "evaluator", tmp_path / "evaluator")
+    for arm, stage in (("plain", "vae"), ("aligned", "align")):
+        for name in (stage, "latents"):
+            shutil.copytree(whole / arm / name, tmp_path / "seed0" / arm / name)
+        (tmp_path / "seed0" / arm / "sit-6").mkdir()
+        for ending in ("npz", "json"):
+            shutil.copy(whole / arm / f"samples.{ending}", tmp_path / "seed0" / arm / "sit-6" / f"samples-0.{ending}")
+    results = train.measure_study(cfg, tmp_path)
+    lines = (tmp_path / "results.jsonl").read_text()
+    assert len(lines.splitlines()) == len(results) == 4
+    figures = json.loads((whole / "report.json").read_text())
+    for arm in ("plain", "aligned"):
+        line, sampled = results[0, arm], results[0, arm, "sit", 6, "no guidance"]
+        for name, value in (("FD", "FD of samples, no guidance"),
+                            ("class accuracy", "class accuracy of samples, no guidance"),
+                            ("FD to own reconstructions", "FD of samples to own reconstructions, no guidance")):
+            assert sampled[name] == pytest.approx(figures[arm][value], rel=1e-4)
+        for name in ("PSNR of reconstructions, dB", "linear probe on latents, accuracy"):
+            assert line[name] == pytest.approx(figures[arm][name], rel=1e-5)
+        assert 1 <= line["dimensions"] <= 4 * 8 * 8 and sum(line["rings"]) == pytest.approx(1)
+        assert 0 <= sampled["precision"] <= 1 <= sampled["IS"] <= 10
+    assert train.measure_study(cfg, tmp_path) == results and (tmp_path / "results.jsonl").read_text() == lines
+    train.study_report(cfg, tmp_path, results)
+    text = (tmp_path / "report.md").read_text()
+    plain, aligned = (results[0, arm, "sit", 6, "no guidance"]["FD"] for arm in ("plain", "aligned"))
+    assert f"| SiT | 6 | no guidance | {plain:.2f} | {aligned:.2f} | {100 * (aligned / plain - 1):.0f} % |" in text
+    assert "2 of the 125 sets are there" in text and "| DiT |" not in text and "guidance 1.5 |" not in text
+
+
+def test_white_latents_have_all_dimensions_and_a_flat_spectrum():
+    z = torch.randn(4000, 2, 4, 4)
+    dimensions, rings = train.latent_spectrum(z)
+    assert 31 < dimensions <= 32
+    counts = np.bincount([round(math.hypot(a, b)) for a in (0, 1, 2, 1) for b in (0, 1, 2, 1)])
+    np.testing.assert_allclose(rings, counts / 16, rtol=0.05)
+    dimensions, rings = train.latent_spectrum(torch.randn(4000, 2, 1, 1).expand(-1, -1, 4, 4))
+    assert 1.9 < dimensions <= 2.001 and rings[0] == pytest.approx(1)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Bad input: one line, exit status 2
 

@@ -13,6 +13,7 @@
     latents     data, vae or align           moments of the latents of all training images
     sit, dit    latents                      a diffusion transformer: ema.safetensors, config.json
     report      all of these                 report.md and its pictures, in OUT
+    study       data                         all of these, for several seeds, lengths and controls, and report.md
 
 Every stage writes settings.json; those that train also write checkpoint.pt, log.jsonl and curves.png, and go on from
 their checkpoint. Randomness is a function of (seed, step) or (seed, epoch, index).
@@ -103,7 +104,7 @@ class Config:
     stage: str = flag(None, "one stage; without it all of them run, for a plain and an aligned autoencoder",
                       ("teacher", "evaluator", "heads", "vae", "align", "latents", "sit", "dit", "report", "study"))
     data: str = flag("scenes", "built-in scenes, or a folder or .zip with train/CLASS/* and test/CLASS/*, or CLASS/*")
-    out: str = flag(None, "the run's folder (default: runs/ and the name of the data)")
+    out: str = flag(None, "the run's folder (default: runs/ and the name of the data, and -study for the study)")
     seed: int = flag(0, "of weights, noise and the order of the images")
     preset: str = flag(None, "with --stage: settings for ImageNet at 256 px, of one of the paper's rows or in general; "
                        "flags that are given too stand above it", tuple(PRESETS))
@@ -214,7 +215,8 @@ def resolve(given, stage):
                 stop(f"--preset {given['preset']} trains a {model[:3]}: give --stage {model[:3].lower()}")
             values.update(model=model, steps=steps)
     cfg = Config(**{**values, **given, "stage": stage})
-    cfg = dataclasses.replace(cfg, channels=tuple(cfg.channels), out=cfg.out or f"runs/{Path(cfg.data).stem}")
+    out = f"runs/{Path(cfg.data).stem}" + ("-study" if stage == "study" else "")
+    cfg = dataclasses.replace(cfg, channels=tuple(cfg.channels), out=cfg.out or out)
     least = dict(seed=0, workers=0, warmup=0, scenes=20, num_samples=2, max_bad=0, skip_nonfinite=0)
     for field in dataclasses.fields(cfg):
         value, name = getattr(cfg, field.name), field.name.replace("_", "-")
@@ -1020,9 +1022,9 @@ LOGARITHMIC = ("mse", "l1", "kl", "lpips", "loss", "class_loss", "segment_loss",
                "discriminator_gradient")
 
 
-def plot(panels, size=(300, 200), per_row=3):
-    """Curves over steps as a PIL image: {panel: {curve: [(step, value), ...]}}. A title's last word is looked up in
-    LOGARITHMIC."""
+def plot(panels, size=(300, 200), per_row=3, unit="steps"):
+    """Curves over steps, or another unit, as a PIL image: {panel: {curve: [(step, value), ...]}}. A title's last word
+    is looked up in LOGARITHMIC."""
     colors = ((31, 119, 180), (214, 39, 40), (44, 160, 44), (148, 103, 189))
     names = sorted({name for curves in panels.values() for name in curves}, reverse=True)
     font, (width, height) = ImageFont.load_default(11), size
@@ -1048,7 +1050,7 @@ def plot(panels, size=(300, 200), per_row=3):
             draw.line((left, y, right, y), fill=(225, 225, 225))
             draw.text((left - 5 - font.getlength(label), y - 7), label, fill=(80, 80, 80), font=font)
         for x in (0, max(xs) // 2, max(xs)):
-            label = f"{x} steps" if x == max(xs) else str(x)
+            label = f"{x} {unit}" if x == max(xs) else str(x)
             start = min(place(x, ys[0])[0] - font.getlength(label) / 2, right + 12 - font.getlength(label))
             draw.text((start, bottom + 3), label, fill=(80, 80, 80), font=font)
         heights = [place(x, y)[1] for points in curves.values() for x, y in points if x > max(xs) / 2]
@@ -2416,7 +2418,8 @@ def study_report(cfg, out, results):
         text += ["", "## Cost", "", f"A step of the aligned autoencoder takes {spread(share, 0)} % longer than one of "
                  "the plain; the transformer and its sampling are the same computation on latents of the same shape."]
         rings = {name: list(enumerate(results[0, name]["rings"])) for name in arms if name in names}
-        save_picture(plot({"share of variance by spatial frequency": rings}, (480, 260)), out / "spectrum.png")
+        title = "share of the latents' variance by spatial frequency"
+        save_picture(plot({title: rings}, (480, 260), unit="cycles"), out / "spectrum.png")
         text += ["", "![spectrum](spectrum.png)"]
     with atomic_file(out / "report.md") as file:
         file.write(("\n".join(text) + "\n").encode())

@@ -262,17 +262,19 @@ def load_run(run, family):
 
 
 def transformer_weights(path):
-    """State dict of a file: .safetensors, a bare .pt, or the average ("ema", else "model") of a training checkpoint of
-    the official SiT or DiT, whose other contents, an argparse.Namespace among them, are plain too."""
+    """State dict of a file: .safetensors, a bare .pt, or the average ("ema", else "model" or "state_dict") of a
+    training checkpoint, of the official SiT and DiT too, where an argparse.Namespace is among the other contents."""
     if path.suffix == ".safetensors" or not path.is_file():
         return load_weights(path)
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             weights = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:                                                   # damaged bytes raise almost anything
-        raise ValueError(f"{path} cannot be read ({str(error).splitlines()[0]}): fetch the file anew") from None
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{path} cannot be read ({reason}): fetch the file anew") from None
     if isinstance(weights, dict):
-        weights = next((weights[name] for name in ("ema", "model") if isinstance(weights.get(name), dict)), weights)
+        names = [name for name in ("ema", "model", "state_dict") if isinstance(weights.get(name), dict)]
+        weights = weights[names[0]] if names else weights
     if not isinstance(weights, dict) or not all(map(torch.is_tensor, weights.values())):
         raise ValueError(f"{path} is no state dict: want the weights of a SiT or DiT")
     return {name.removeprefix("module."): value for name, value in weights.items()}
@@ -391,13 +393,15 @@ class Rows:
     that is done: a killed program goes on from there.
 
     shape: rows, in one or more dimensions; put() counts them through. arrays: name=(shape of a row, dtype). options:
-    what the rows depend on; stops where the folder holds rows of others. All the disk space is taken at once, so that
-    a full disk shows before any work.
+    what else the rows depend on; stops where the folder holds rows of others. All the disk space is taken at once, so
+    that a full disk shows before any work.
     """
 
     def __init__(self, out, shape, options, **arrays):
-        self.folder = out.with_name(f".{out.name}.partial")
+        self.folder = self.folder_of(out)
         path, arrays = self.folder / "options.json", dict(arrays, done=((), bool))
+        options = {**options, "arrays": {name: [*shape, *row, np.dtype(dtype).name]
+                                         for name, (row, dtype) in arrays.items()}}
         if process()[0] == 0 and path.is_file():
             differ(json.loads(path.read_text()), options, self.folder)
         elif process()[0] == 0:
@@ -418,6 +422,10 @@ class Rows:
         self.count, self.pending, self.flushed = math.prod(shape), [], time.monotonic()
         self.todo = np.flatnonzero(~self.arrays["done"].reshape(-1))
         barrier()                                                                # before anyone marks a row
+
+    @staticmethod
+    def folder_of(out):
+        return out.with_name(f".{out.name}.partial")
 
     def path(self, name):
         return self.folder / f"{name}.npy"
@@ -472,6 +480,7 @@ def is_done(cfg, options):
         stop(f"--out {cfg.out} exists: choose another name or delete it")
     differ(json.loads(path.read_text()), options, cfg.out)
     if process()[0] == 0:
+        shutil.rmtree(Rows.folder_of(cfg.out), ignore_errors=True)               # killed at the very end
         print(f"{cfg.out} is done already")
     return True
 
@@ -723,10 +732,11 @@ def grid(images, labels, classes, title):
     return sheet({title: x}, rows=[name_of(classes, k) for k in shown])
 
 
-def write_pngs(images, folder, batches):
-    """This process' images as folder/000000.png and so on."""
+def write_pngs(images, folder):
+    """Images (N, H, W, 3) as folder/000000.png and so on, each process its share."""
     folder.mkdir(exist_ok=True)
-    for number in (number for numbers in batches for number in numbers.tolist()):
+    rank, _, world_size = process()
+    for number in range(rank, len(images), world_size):
         Image.fromarray(images[number]).save(folder / f"{number:06}.png")
     barrier()
 
@@ -766,7 +776,7 @@ def sample_run(cfg, device):
     read = read_all(cfg, work.arrays["latents"], size, heads, task_heads, device) if cfg.tasks else None
     pngs = work.folder / "png"
     if cfg.out.suffix != ".npz":
-        write_pngs(images, pngs, np.array_split(np.arange(cfg.num), process()[2])[process()[0]:][:1])
+        write_pngs(images, pngs)
     if process()[0] > 0:
         return
     picture = beside(cfg.out, ".png")
@@ -887,19 +897,18 @@ def reconstruct(cfg, device):
                    "autoencoder": checksum(cfg.vae), "metrics": cfg.metrics}
         if is_done(cfg, options):
             return
-        shape = (size, size, 3), np.uint8
-        work = Rows(cfg.out, (count,), options, originals=shape, reconstructions=shape,
-                    figures=((len(metrics),), np.float64))
+        image = (size, size, 3), np.uint8
+        figures = {name: ((), np.float64) for name in metrics}
+        work = Rows(cfg.out, (count,), options, originals=image, reconstructions=image, **figures)
         batches = work.batches(cfg.batch_size)
         keys = [[(number, False) for number in numbers.tolist()] for numbers in batches]
         with progress(count, f"reconstruct {cfg.reconstruct}", "image", count - len(work.todo)) as bar:
             for numbers, (images, *_) in zip(batches, train.load_batches(data, keys, cfg.workers)):
                 x = to_float(images, device)
                 rec = to_uint8(vae.decode(vae.encode(x).latent_dist.mode()).sample)
-                figures = [measure(x, to_float(rec, device)).double() for measure in metrics.values()]
-                work.put(numbers, originals=images.permute(0, 2, 3, 1).numpy(),
-                         reconstructions=rec.permute(0, 2, 3, 1).cpu().numpy(),
-                         figures=torch.stack(figures, dim=1).cpu().numpy() if figures else np.zeros((len(x), 0)))
+                figures = {name: measure(x, to_float(rec, device)) for name, measure in metrics.items()}
+                written = dict(originals=images.permute(0, 2, 3, 1), reconstructions=rec.permute(0, 2, 3, 1), **figures)
+                work.put(numbers, **{name: value.cpu().numpy() for name, value in written.items()})
                 bar.update(len(x))
     except train.DataError as error:
         stop(error)
@@ -911,7 +920,7 @@ def reconstruct(cfg, device):
                for name in ("originals", "reconstructions")}
     save_picture(sheet({name: x.permute(0, 3, 1, 2).unflatten(0, (-1, per_row)) for name, x in columns.items()}),
                  beside(cfg.out, ".png"))
-    figures = dict(zip(metrics, work.arrays["figures"].mean(0).tolist()))
+    figures = {name: work.arrays[name].mean().item() for name in metrics}
     originals = beside(cfg.out, "-originals.npz")
     pack(originals, arr_0=work.path("originals"))
     write_json({**options, **figures}, cfg.out.with_suffix(".json"))

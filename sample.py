@@ -615,18 +615,18 @@ def timed(seconds, name, device):
 
     start = now()
     yield
-    seconds[name] = seconds.get(name, 0.0) + now() - start
+    seconds[name] = seconds.get(name, 0) + now() - start
 
 
 def sample_all(cfg, source, work, device):
     """Fill `work` with images, and with latents where it has a place for them."""
-    seconds, start = {"model": 0.0, "decoder": 0.0}, time.perf_counter()
+    seconds, start = {}, time.perf_counter()
     batches = work.batches(cfg.batch_size)
     total, left = math.ceil(work.count / process()[2]), sum(map(len, batches))
     with progress(total, f"sample {cfg.run or cfg.model}", "image", max(0, total - left)) as bar:
         for numbers in batches:
             labels = labels_of(source.labels, numbers.tolist(), source.model.num_classes, cfg.seed)
-            with timed(seconds, "model", device), autocast(cfg, device):
+            with timed(seconds, "sampler", device), autocast(cfg, device):
                 z = generate(source.module, source.model, numbers.tolist(), labels, cfg.seed, device, **source.options)
             with timed(seconds, "decoder", device):
                 images = decode(source.vae, z, cfg.decode_batch_size)
@@ -648,11 +648,10 @@ def load_readers(cfg, source, device):
         if not cfg.heads and not settings.is_file():
             stop(f"--tasks: {settings} does not tell the teacher, since it is not there: give --heads")
         task_heads = load_task_heads(cfg.heads or [json.loads(settings.read_text())["teacher"]])
-        for name in {"segmentation", "depth"} & set(cfg.tasks):
-            if getattr(task_heads, name) is None:
-                stop(f"--tasks {name}: no head for it in {cfg.heads or 'the folder of the teacher'}: see --heads")
         for name in ("segmentation", "depth"):
             head = getattr(task_heads, name) if name in cfg.tasks else None
+            if name in cfg.tasks and head is None:
+                stop(f"--tasks {name}: no head for it in {cfg.heads or 'the folder of the teacher'}: see --heads")
             setattr(task_heads, name, head.to(device, torch.get_default_dtype()) if head else None)
         z = torch.zeros(1, heads.config["latent_channels"], *2 * [source.model.input_size], device=device)
         try:                                                                     # say now what does not fit
@@ -663,7 +662,7 @@ def load_readers(cfg, source, device):
 
 
 @torch.no_grad()
-def read_all(cfg, latents, size, heads, task_heads, device):
+def read_all(cfg, options, latents, size, heads, task_heads, device):
     """-tasks.npz from latents (N, C, h, w) on disk: `segmentation` (N, H, W) class numbers, `depth` (N, H, W) metres or
     what the head was trained with, `features` (N, gh, gw, 3) uint8, principal components as colours, which are those of
     the first 100 images. All processes work on it."""
@@ -679,7 +678,7 @@ def read_all(cfg, latents, size, heads, task_heads, device):
     if "features" in cfg.tasks:
         shapes["features"] = (*first.shape[2:], 3), np.uint8
     path = beside(cfg.out, "-tasks.npz")
-    work = Rows(path, (len(latents),), {}, **shapes)
+    work = Rows(path, (len(latents),), options, **shapes)
     with progress(work.count, f"read {', '.join(cfg.tasks)}", "image", work.count - len(work.todo)) as bar:
         for numbers in work.batches(cfg.batch_size):
             z, found = rows(numbers), {}
@@ -769,18 +768,20 @@ def sample_run(cfg, device):
     side, size = source.model.input_size, source.model.input_size * source.vae.factor
     arrays = {"images": ((size, size, 3), np.uint8)}
     if cfg.latents or cfg.tasks:
-        arrays["latents"] = (source.model.in_channels, side, side), torch.empty(0).numpy().dtype
+        kind = np.float64 if cfg.precision == "fp64" else np.float32
+        arrays["latents"] = (source.model.in_channels, side, side), kind
     work = Rows(cfg.out, (cfg.num,), options, **arrays)
     sample_all(cfg, source, work, device)
     images, labels = work.arrays["images"], labels_of(source.labels, range(cfg.num), source.model.num_classes, cfg.seed)
-    read = read_all(cfg, work.arrays["latents"], size, heads, task_heads, device) if cfg.tasks else None
+    if cfg.tasks:
+        read = read_all(cfg, options, work.arrays["latents"], size, heads, task_heads, device)
     pngs = work.folder / "png"
     if cfg.out.suffix != ".npz":
         write_pngs(images, pngs)
     if process()[0] > 0:
         return
     picture = beside(cfg.out, ".png")
-    save_picture(grid(images, labels, source.classes, f"samples, guidance {cfg.cfg_scale or 1:g}"), picture)
+    save_picture(grid(images, labels, source.classes, f"samples, guidance {options['cfg_scale']:g}"), picture)
     if cfg.latents:
         with atomic_file(beside(cfg.out, "-latents.npy")) as file, open(work.path("latents"), "rb") as latents:
             shutil.copyfileobj(latents, file)
@@ -1023,8 +1024,10 @@ def parse_arguments():
     for name in ("batch_size", "decode_batch_size"):
         if getattr(cfg, name) is not None and getattr(cfg, name) < 1:
             stop(f"--{name.replace('_', '-')} {getattr(cfg, name)}: want at least 1")
-    if cfg.seed < 0 or cfg.interpolate and min(cfg.interpolate) < 0:
-        stop(f"--seed {cfg.seed}, --interpolate {cfg.interpolate}: want at least 0")
+    if cfg.seed < 0:
+        stop(f"--seed {cfg.seed}: want at least 0")
+    if cfg.interpolate and (min(cfg.interpolate) < 0 or len(set(cfg.interpolate)) < 2):
+        stop(f"--interpolate {cfg.interpolate[0]} {cfg.interpolate[1]}: want two different images, counted from 0")
     endings = (".png",) if teaching else (".npz",) if cfg.reconstruct else (".npz", ".zip", "")
     if cfg.out.suffix not in endings or not cfg.out.name:
         stop(f"--out {cfg.out}: want a name that ends in {' or '.join(filter(None, endings))}"

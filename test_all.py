@@ -3021,6 +3021,7 @@ def test_bad_weights_and_options_are_refused(published, diffused, tmp_path):
     assert "stage align" in says(*good, "--tasks", "features")
     assert "ends in .npz or .zip" in refused("sample.py", *good, "--num", 2, "--out", tmp_path / "x.jpg")
     assert "one or the other" in says(*good, "--trajectory", "--interpolate", 0, 1)
+    assert "two different images" in refused("sample.py", *good, "--interpolate", 1, 1, "--out", tmp_path / "x.png")
     wide = vae.AutoencoderKL(block_out_channels=(16, 32), norm_num_groups=8, latent_channels=8, sample_size=32)
     wide.save_pretrained(root / "wide")
     assert "has latents of 8 channels" in says(*good, "--vae", root / "wide")

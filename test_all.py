@@ -2352,7 +2352,7 @@ def test_the_chain_does_nothing_twice(whole):
     files = {p: p.stat().st_mtime_ns for suffix in ("safetensors", "npz") for p in whole.rglob(f"*.{suffix}")}
     assert len(files) >= 10
     done = command("train.py", "--out", whole, "--steps", 6, "--num-samples", 20, *SMALL, fresh=True)
-    assert "is done already" in done.stdout
+    assert "12 of 12 jobs are done already" in done.stdout
     assert files == {p: p.stat().st_mtime_ns for p in files}
 
 
@@ -3134,6 +3134,9 @@ def test_the_study_plans_measures_and_reports(whole, tmp_path):
         assert 1 <= line["dimensions"] <= 4 * 8 * 8 and sum(line["rings"]) == pytest.approx(1)
         assert 0 <= sampled["precision"] <= 1 <= sampled["IS"] <= 10
     assert train.measure_study(cfg, tmp_path) == results and (tmp_path / "results.jsonl").read_text() == lines
+    (tmp_path / "results.jsonl").write_text(lines[:-30])                         # a kill within the last line
+    assert train.measure_study(cfg, tmp_path).keys() == results.keys()
+    assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 4
     train.study_report(cfg, tmp_path, results)
     text = (tmp_path / "report.md").read_text()
     plain, aligned = (results[0, arm, "sit", 6, "no guidance"]["FD"] for arm in ("plain", "aligned"))

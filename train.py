@@ -2161,7 +2161,8 @@ def run_jobs(jobs, out):
                 product.unlink()
         if product.is_file():
             done.add(name)
-            print(f"{name} is done already")
+    if done:
+        print(f"{len(done)} of {len(jobs)} jobs are done already")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))                      # so that `finally` comes to pass
     try:
         while len(done) < len(jobs):
@@ -2198,7 +2199,7 @@ AUTOENCODERS = {                                                                
     "plain": ("vae", []),
     "aligned": ("align", []),
     # controls: what does as well as the teacher would refute the claim
-    "random teacher": ("align", ["--teacher", "RANDOM"]),
+    "random teacher": ("align", []),                                             # see study_jobs
     "shuffled targets": ("align", ["--shuffle-targets"]),
     "plain, KL x 2": ("vae", ["--kl-weight", 2e-6]),
     "plain, KL x 4": ("vae", ["--kl-weight", 4e-6]),
@@ -2245,18 +2246,16 @@ def study_samples(out, seed, name, family, steps, guidance):
 def study_jobs(cfg, given, out):
     """Everything that is trained and sampled, as run_jobs takes it."""
     flags = as_flags({name: value for name, value in given.items() if name not in ("stage", "out", "steps", "seed")})
-    jobs = {"teacher": stage_job("teacher", out, flags), "evaluator": stage_job("evaluator", out, flags)}
+    jobs = {"teacher": stage_job("teacher", out, flags), "evaluator": stage_job("evaluator", out, flags),
+            "random/teacher": stage_job("teacher", out / "random", [*flags, "--steps", 1, "--lr", 0])}
     for seed, name, family, steps, guidance in study_runs(cfg):
         arm, (stage, extra) = study_arm(out, seed, name), AUTOENCODERS[name]
-        teacher = out / ("random" if "RANDOM" in extra else "") / "teacher"
-        if "RANDOM" in extra:                                                    # a step at a rate of zero
-            jobs["random teacher"] = stage_job("teacher", out / "random", [*flags, "--steps", 1, "--lr", 0])
-            extra = []
-        first = "random teacher" if name == "random teacher" else "teacher"
-        aligned, key = stage == "align", str(arm.relative_to(out))
-        extra = [*extra, "--seed", seed, *flags]
-        jobs[key] = stage_job(stage, arm, ["--teacher", teacher, *extra] if aligned else extra,
-                              *((first,) if aligned else ()))
+        key, extra = str(arm.relative_to(out)), [*extra, "--seed", seed, *flags]
+        if stage == "align":
+            teacher = "random/teacher" if name == "random teacher" else "teacher"
+            jobs[key] = stage_job(stage, arm, ["--teacher", out / teacher, *extra], teacher)
+        else:
+            jobs[key] = stage_job(stage, arm, extra)
         jobs[f"{key}/latents"] = stage_job("latents", arm, ["--vae", arm / stage, *flags], key)
         run = arm / f"{family}-{steps}"
         weights = str(run.relative_to(out))
@@ -2277,20 +2276,17 @@ def latent_spectrum(z):
     power = torch.fft.fft2(x).abs().square().sum((0, 1))                         # (h, w)
     frequency = torch.fft.fftfreq(z.shape[-1], device=z.device) * z.shape[-1]
     ring = (frequency[:, None] ** 2 + frequency ** 2).sqrt().round().long()
-    rings = torch.zeros(int(ring.max()) + 1, dtype=power.dtype, device=z.device).index_add(0, ring.flatten(),
-                                                                                            power.flatten())
+    rings = torch.bincount(ring.flatten(), power.flatten())
     return (values.sum() ** 2 / values.square().sum()).item(), (rings / rings.sum()).tolist()
 
 
-def study_autoencoder(judge, arm, stage, heads_config):
-    """Figures of an autoencoder of the study, and the evaluator's features of its reconstructions. The MLPs that read
-    its latents are fitted afterwards, for all autoencoders alike."""
-    autoencoder = load_autoencoder(arm / stage).to(judge.device)
+def study_autoencoder(judge, autoencoder, arm, stage, heads_config):
+    """Figures of an autoencoder of the study. The MLPs that read its latents are fitted afterwards, for all alike."""
     latents = Latents(dataclasses.replace(judge.cfg, out=arm, latents=None), arm / stage)
     z_train = latents.__getitems__([(i, False) for i in judge.subset])[0].chunk(2, dim=1)[0].to(judge.device)
     z_test = in_batches(lambda x: autoencoder.encode(x).latent_dist.mean, judge.x_test)
     heads = judge.heads_for(heads_config, z_train)
-    figures, _, rec_feats = score_autoencoder(judge, autoencoder, heads, z_train, z_test)
+    figures, *_ = score_autoencoder(judge, autoencoder, heads, z_train, z_test)
     if judge.task_heads:
         read = in_batches(lambda z: read_latents(heads, judge.task_heads, z, judge.cfg.image_size), z_test)
         figures.update(zip(TASK_FIGURES, score_tasks(read, judge.truth)))
@@ -2300,7 +2296,7 @@ def study_autoencoder(judge, arm, stage, heads_config):
     figures["FD halfway between two latents"] = frechet(between, judge.real)
     log = [json.loads(line) for line in (arm / stage / "log.jsonl").read_text().splitlines()]
     figures["seconds per step"] = float(np.median([line["seconds_per_step"] for line in log]))
-    return figures, rec_feats
+    return figures
 
 
 def study_sample_figures(judge, path, rec_feats):
@@ -2319,7 +2315,10 @@ def measure_study(cfg, out):
     """Append to results.jsonl what is finished and not in it yet, a line an autoencoder and a line a set of samples;
     returns all lines. A line is made anew when its weights have changed."""
     path, device = out / "results.jsonl", device_of_process()
-    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    text = path.read_text() if path.is_file() else ""
+    lines = [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+    if not text.endswith("\n"):                                                  # killed within a line, or not begun
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     known = {json.dumps([line["run"], line["weights"]]) for line in lines}
     found, judge, config = {}, None, None
     for run in study_runs(cfg):
@@ -2340,9 +2339,13 @@ def measure_study(cfg, out):
             if judge is None:
                 aligned = study_arm(out, 0, "aligned") / "align"
                 judge, config = Judge(cfg, out, read_settings(aligned), device), load_heads(aligned).config
-            figures, rec_feats = study_autoencoder(judge, arm, stage, config)
-            new = [] if json.dumps(list(own)) in known else [(*own, figures)]
-            new += [(run, weights, study_sample_figures(judge, samples, rec_feats)) for run, samples, weights in todo]
+            autoencoder = load_autoencoder(arm / stage).to(device)
+            rec = in_batches(lambda x: to_uint8(autoencoder.decode(autoencoder.encode(x).latent_dist.mean).sample),
+                             judge.x_test)
+            rec_feats, *_ = in_batches(judge.evaluator, to_float(rec, device))
+            new = [(run, weights, study_sample_figures(judge, samples, rec_feats)) for run, samples, weights in todo]
+            if json.dumps(list(own)) not in known:
+                new.append((*own, study_autoencoder(judge, autoencoder, arm, stage, config)))
             for run, weights, figures in new:
                 lines.append(json.loads(json.dumps({"run": run, "weights": weights, **figures})))
                 file.write(json.dumps(lines[-1]) + "\n")
@@ -2405,8 +2408,8 @@ def study_report(cfg, out, results):
                  "|---" * (len(columns) + 2) + "|"]
         for name in rows:
             line, sampled = results[0, name], results.get((0, name, "sit", cfg.steps, "no guidance"))
-            table.append(f"| {name} | " + " | ".join(f"{line[key]:.{digits}f}" for key, (_, digits) in columns.items())
-                         + f" | {sampled['FD']:.2f} |" if sampled else " | |")
+            cells = [f"{line[key]:.{digits}f}" for key, (_, digits) in columns.items()]
+            table.append("| " + " | ".join([name, *cells, f"{sampled['FD']:.2f}" if sampled else ""]) + " |")
         if len(rows) > 1:
             text += ["", f"## {title}", "", f"Seed 0; samples of SiT after {cfg.steps} steps, no guidance. The MLPs "
                      "that read cosine, masks and depth off the latents are fitted afterwards, for all alike.", ""]

@@ -3144,6 +3144,32 @@ def test_the_study_plans_measures_and_reports(whole, tmp_path):
     assert "2 of the 125 sets are there" in text and "| DiT |" not in text and "guidance 1.5 |" not in text
 
 
+def test_weights_and_controls_of_the_alignment_do_what_they_say(whole, tmp_path):
+    """The log tells the parts of which the align loss is made; shuffled targets are those of other images; one scale
+    makes latents of deviation 1 over all channels; and transformers can share latents."""
+    first = {}
+    for name, options in {"both": [], "patch": ["--cls-weight", 0], "cls": ["--patch-weight", 0],
+                          "shuffled": ["--shuffle-targets"], "one": ["--latent-scale", "one"]}.items():
+        command("train.py", "--stage", "align", "--out", tmp_path / name, "--teacher", whole / "teacher", *SMALL,
+                "--steps", 1, "--log-every", 1, "--save-every", 1, *options)
+        first[name] = log_without_rates(tmp_path / name / "align")[0]
+    d = {part: 1 - first["both"][f"cos_{part}"] + 0.1 * first["both"][f"l1_{part}"] for part in ("patch", "cls")}
+    assert first["both"]["align"] == pytest.approx(d["patch"] + d["cls"], rel=1e-5)
+    assert first["patch"]["align"] == pytest.approx(d["patch"], rel=1e-5)
+    assert first["cls"]["align"] == pytest.approx(d["cls"], rel=1e-5)
+    assert first["shuffled"]["mse"] == first["both"]["mse"]
+    assert abs(first["shuffled"]["align"] - first["both"]["align"]) > 1e-3
+    autoencoder = vae.AutoencoderKL.from_pretrained(tmp_path / "one" / "align")
+    assert autoencoder.config["latents_mean"] is None
+    with torch.no_grad():
+        images = train.Scenes("train", 240, 32).images
+        z = autoencoder.normalize(autoencoder.encode(train.to_float(images, "cpu")).latent_dist.sample())
+    assert z.std().item() == pytest.approx(1, abs=0.01) and z.std((0, 2, 3)).std() > 0.01
+    run = copy_of(whole, tmp_path / "shared", "vae")
+    command("train.py", "--stage", "sit", "--out", run, "--latents", whole / "plain" / "latents", *SMALL, "--steps", 1)
+    assert (run / "sit" / "ema.safetensors").is_file() and not (run / "latents").exists()
+
+
 def test_white_latents_have_all_dimensions_and_a_flat_spectrum():
     z = torch.randn(4000, 2, 4, 4)
     dimensions, rings = train.latent_spectrum(z)

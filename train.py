@@ -2073,16 +2073,9 @@ def write_report(cfg, out, table, ideal, seconds):
 
 def chain(given):
     """All stages for both arms. What is done already is not done again."""
-    if process()[2] > 1:
-        stop("the chain starts its own processes: run it without torchrun, or one --stage at a time with it")
-    for name in ("vae", "teacher", "preset"):
-        if name in given:
-            stop(f"--{name} is for one --stage: the chain makes its own")
+    check_many(given)
     for name in DEFAULTS:
         cfg = resolve(given, name)                                               # say now what is wrong with the flags
-    for split in ("train", "test"):
-        if cfg.data != "scenes":
-            ImageFolder(cfg.data, split, 1)                                      # say now what is wrong with the data
     out, dry_run = Path(cfg.out), given.pop("dry_run", False)
     given = {name: value for name, value in given.items() if name != "out"}
     flags = as_flags(given)
@@ -2109,6 +2102,18 @@ def chain(given):
     claim_run(out, given)
     run_jobs(jobs, out)
     report(cfg)
+
+
+def check_many(given):
+    """Stop where flags or data are not for many stages."""
+    if process()[2] > 1:
+        stop("many stages start their own processes: run this without torchrun, or one --stage at a time with it")
+    for name in ("vae", "latents", "teacher", "preset"):
+        if name in given:
+            stop(f"--{name} is for one --stage: many stages make their own")
+    for split in ("train", "test"):
+        if given.get("data", "scenes") != "scenes":
+            ImageFolder(given["data"], split, 1)
 
 
 def as_flags(given):
@@ -2430,6 +2435,7 @@ def study_report(cfg, out, results):
 
 def study(cfg, given):
     """Stage study: train, sample and measure all of the plan, in parts; after each the report is written anew."""
+    check_many(given)
     out, runs, dry_run = Path(cfg.out), study_runs(cfg), given.pop("dry_run", False)
     jobs = study_jobs(cfg, given, out)
     if dry_run:

@@ -2545,6 +2545,14 @@ def test_presets_are_rows_of_the_paper(row, tmp_path, capsys):
         assert not (tmp_path / "x").exists()
 
 
+@pytest.mark.parametrize("words, out", [
+    ([], "runs/scenes"), (["--stage", "study"], "runs/scenes-study")])
+def test_runs_have_folders_of_their_own(words, out):
+    done = command("train.py", "--dry-run", *words)
+    folders = {job.split("--out ")[1].split()[0] for job in done.stdout.splitlines()}
+    assert all(folder == out or folder.startswith(f"{out}/") for folder in folders) and len(folders) > 2
+
+
 def test_a_dry_run_checks_everything_and_writes_nothing(whole, tmp_path):
     done = command("train.py", "--dry-run", "--out", tmp_path / "x", *SMALL)
     assert done.stdout.count("--stage") == 8 and "sample.py" in done.stdout and not (tmp_path / "x").exists()

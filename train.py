@@ -2075,7 +2075,8 @@ def chain(given):
     """All stages for both arms. What is done already is not done again."""
     check_many(given)
     for name in DEFAULTS:
-        cfg = resolve(given, name)                                               # say now what is wrong with the flags
+        resolve(given, name)                                                     # say now what is wrong with the flags
+    cfg = resolve(given, "report")
     out, dry_run = Path(cfg.out), given.pop("dry_run", False)
     given = {name: value for name, value in given.items() if name != "out"}
     flags = as_flags(given)

@@ -517,6 +517,8 @@ def trajectory(model, eps, y, sampler="ddpm", num_steps=250, cfg_scale=1.0, cfg_
     """The states that `sample` goes through, one after every step; the arguments are its own."""
     check_sampling(model, eps, y, cfg_scale, cfg_interval, cfg_channels)
     known("sampler", sampler, ("ddpm", "ddim"))
+    if not 0 <= eta <= 1:
+        raise ValueError(f"eta {eta:g}: want 0 to 1")
     if reverse and (sampler, eta) != ("ddim", 0.0):
         raise ValueError("reverse: only ddim with eta 0 goes from data to noise")
     diffusion, x = GaussianDiffusion(num_steps, schedule, prediction, fixed_variance), eps

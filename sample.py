@@ -23,6 +23,7 @@ import inspect
 import json
 import math
 import os
+import re
 import shutil
 import sys
 import time
@@ -337,6 +338,8 @@ def load_task_heads(sources):
         folder = Path(source)
         if (folder / "heads.json").is_file():
             config = json.loads((folder / "heads.json").read_text())
+            if "segmentation" not in config:
+                stop(f"{folder} holds the MLPs of stage align: want the folder of stage heads or teacher")
             for name, network in (("segmentation", align.SegmentationHead), ("depth", align.DepthHead)):
                 if config[name]:
                     head, file = network(**config[name]), folder / f"{name}_head.safetensors"
@@ -345,7 +348,8 @@ def load_task_heads(sources):
                     except (OSError, ValueError) as error:
                         stop(error)
                     setattr(found, name, head.eval())
-                    found.depth_normed = found.depth_normed or name == "depth"
+                    if name == "depth":
+                        found.depth_normed = True
             found.classes = config["classes"] or found.classes
             continue
         if str(source).startswith("dinov2_"):
@@ -381,7 +385,8 @@ def read_tasks(task_heads, size, features, cls_token, raw=None):
 @torch.no_grad()
 def read_latents(heads, task_heads, z, size):
     """Masks and depth from latents (N, C, h, w): what read_tasks gives for the features that the MLPs make of them."""
-    raw = None if task_heads.depth_normed else (heads.feature_map(z, normed=False), heads.class_token(z, normed=False))
+    normed = task_heads.depth is None or task_heads.depth_normed
+    raw = None if normed else (heads.feature_map(z, normed=False), heads.class_token(z, normed=False))
     return read_tasks(task_heads, size, heads.feature_map(z), heads.class_token(z), raw)
 
 
@@ -473,9 +478,12 @@ def differ(before, now, place):
 
 def is_done(cfg, options):
     """Whether --out is there, of these options; stops where it is of others."""
-    if not cfg.out.exists():
-        return False
     path = cfg.out.with_suffix(".json")
+    if not cfg.out.exists():
+        for other in (cfg.out.with_suffix(ending) for ending in (".npz", ".zip", "")):
+            if path.is_file() and other.exists():
+                stop(f"--out {cfg.out}: {other} is there, with which it would share {path}: choose another name")
+        return False
     if not path.is_file():
         stop(f"--out {cfg.out} exists: choose another name or delete it")
     differ(json.loads(path.read_text()), options, cfg.out)
@@ -567,7 +575,7 @@ def sampler_options(cfg, source):
         flag = f"--{name.replace('num_steps', 'steps').replace('_', '-')}"
         if name not in options:
             stop(f"{flag} is no option of {source.module.__name__}.py's samplers")
-        if source.objective.get(name, value) != value:
+        if name in source.objective and source.objective[name] != value:
             stop(f"{flag} {value}: the model was trained with {source.objective[name]}")
         if name == "num_steps" and source.module is sit and not isinstance(value, int):
             stop(f"{flag} {value}: SiT wants a number")
@@ -580,10 +588,9 @@ def sampler_options(cfg, source):
         return torch.zeros_like(x)
 
     silent.num_classes = source.model.num_classes
-    try:                                                                         # the first step says what is wrong
-        next(source.module.trajectory(silent, torch.zeros(1, source.model.in_channels, 1, 1), torch.tensor([0]),
-                                      **options))
-    except ValueError as error:
+    try:                                                                         # say now what is wrong
+        source.module.sample(silent, torch.zeros(1, source.model.in_channels, 1, 1), torch.tensor([0]), **options)
+    except (ValueError, RuntimeError) as error:
         stop(error)
     return options
 
@@ -593,7 +600,11 @@ def load_source(cfg, device):
     source = load_run(cfg.run, cfg.family) if cfg.run else load_published(cfg.model, cfg.ckpt, cfg.vae)
     source.options = sampler_options(cfg, source)
     source.labels = parse_classes(cfg.classes, source.classes)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = cfg.precision == "tf32"
+    count = source.model.num_classes
+    if source.model.y_embedder.embedding_table.num_embeddings == count and (
+            source.options["cfg_scale"] != 1 or count in list(source.labels)):
+        stop("the model was trained without label dropout and knows no missing label: want --cfg-scale 1, and "
+             f"--classes below {count}")
     if cfg.precision == "fp64":
         torch.set_default_dtype(torch.float64)
     source.model, source.vae = (net.to(device, torch.get_default_dtype()) for net in (source.model, source.vae))
@@ -647,7 +658,11 @@ def load_readers(cfg, source, device):
         settings = source.folder / "settings.json"
         if not cfg.heads and not settings.is_file():
             stop(f"--tasks: {settings} does not tell the teacher, since it is not there: give --heads")
-        task_heads = load_task_heads(cfg.heads or [json.loads(settings.read_text())["teacher"]])
+        teacher = Path(cfg.heads[0] if cfg.heads else json.loads(settings.read_text())["teacher"])
+        moved = source.folder.parent.parent / teacher.name                       # with the whole run, from elsewhere
+        if not cfg.heads and str(teacher) in align.DINOV2:
+            stop(f"--tasks: the teacher is {teacher}, of which there are several heads: give --heads")
+        task_heads = load_task_heads(cfg.heads or [teacher if teacher.is_dir() else moved])
         for name in ("segmentation", "depth"):
             head = getattr(task_heads, name) if name in cfg.tasks else None
             if name in cfg.tasks and head is None:
@@ -936,35 +951,45 @@ def reconstruct(cfg, device):
 
 def steps(text):
     """--steps: a number, or what dit.space_timesteps reads."""
+    if not re.fullmatch(r"\d+|ddim\d+|\d+(,\d+)+", text):
+        raise argparse.ArgumentTypeError(f"{text}: want 50, or for DiT ddim50 or 10,15,20")
     return int(text) if text.isdecimal() else text
+
+
+def number(text):
+    """A finite float."""
+    if not math.isfinite(value := float(text)):
+        raise argparse.ArgumentTypeError(f"{text}: want a number")
+    return value
 
 
 SAMPLER_FLAGS = {                                                                # name: (type, help)
     "sampler": (str, f"SiT: {', '.join(sit.ODE_SAMPLERS + sit.SDE_SAMPLERS)} (default heun); DiT: ddpm, ddim "
                 "(default ddpm)"),
     "num_steps": (steps, "steps of the sampler (default 50; DiT 250, where also ddim50 or 10,15,20 can be said)"),
-    "cfg_scale": (float, "guidance; 1 is none (default 1)"),
-    "cfg_interval": (float, "noise levels that are guided, LOW HIGH: 1 is noise, 0 is data (default 0 1)"),
+    "cfg_scale": (number, "guidance; 1 is none (default 1)"),
+    "cfg_interval": (number, "noise levels that are guided, LOW HIGH: 1 is noise, 0 is data (default 0 1)"),
     "cfg_channels": (int, "guide so many of the latent's channels; the official SiT and DiT guide 3 (default: all)"),
     "path": (str, "SiT: linear, gvp, vp (a run tells it; default linear)"),
     "prediction": (str, "what the model predicts: velocity, noise, score, or DiT's noise, x_start (a run tells it)"),
-    "sample_eps": (float, "SiT: distance from the ends of time"),
-    "atol": (float, "SiT, dopri5 (default 1e-6)"),
-    "rtol": (float, "SiT, dopri5 (default 1e-3)"),
+    "sample_eps": (number, "SiT: distance from the ends of time"),
+    "atol": (number, "SiT, dopri5 (default 1e-6)"),
+    "rtol": (number, "SiT, dopri5 (default 1e-3)"),
     "diffusion_form": (str, "SiT, SDEs: constant, sbdm, sigma (default), linear, decreasing, increasing-decreasing"),
-    "diffusion_norm": (float, "SiT, SDEs: factor of the form (default 1)"),
+    "diffusion_norm": (number, "SiT, SDEs: factor of the form (default 1)"),
     "last_step": (str, "SiT, SDEs: mean, tweedie, euler, none (default mean)"),
-    "last_step_size": (float, "SiT, SDEs (default 0.04)"),
+    "last_step_size": (number, "SiT, SDEs (default 0.04)"),
     "schedule": (str, "DiT: linear, squaredcos_cap_v2 (default linear)"),
     "fixed_variance": (str, "DiT without learned variance: large, small (default large)"),
     "clip_denoised": (bool, "DiT: hold every x_start in [-1, 1]"),
-    "eta": (float, "DiT, ddim: noise, 0 for none to 1 for that of ddpm (default 0)"),
+    "eta": (number, "DiT, ddim: noise, 0 for none to 1 for that of ddpm (default 0)"),
 }
 
 
 def parse_arguments():
     """The flags, once they make sense."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.error = stop                                                          # one line, without the usage
     parser.add_argument("--run", type=Path, help="folder of a run: autoencoder and stage sit or dit")
     parser.add_argument("--family", choices=sorted(FAMILIES), default="sit", help="which diffusion model of the run")
     parser.add_argument("--model", help="instead of a run: SiT-XL/2, DiT-XL/2 and the like, with --ckpt and --vae")
@@ -1032,8 +1057,13 @@ def parse_arguments():
     if cfg.out.suffix not in endings or not cfg.out.name:
         stop(f"--out {cfg.out}: want a name that ends in {' or '.join(filter(None, endings))}"
              + (", or a folder's, without a dot" if "" in endings else ""))
-    if teaching and cfg.out.exists():
-        stop(f"--out {cfg.out} exists: choose another name or delete it")
+    for file in (cfg.out, cfg.out.with_suffix(".gif")):
+        if teaching and file.exists():
+            stop(f"--out {cfg.out}: {file} exists: choose another name or delete it")
+    if cfg.workers < 0:
+        stop(f"--workers {cfg.workers}: want at least 0")
+    if cfg.reconstruct and cfg.precision not in ("fp32", "tf32"):
+        stop(f"--precision {cfg.precision}: --reconstruct wants fp32 or tf32")
     return cfg
 
 
@@ -1041,6 +1071,7 @@ def main():
     """Do what the flags say, in this process of perhaps several."""
     cfg, device = parse_arguments(), device_of_process()
     join_processes()
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = cfg.precision == "tf32"
     try:
         if cfg.reconstruct:
             reconstruct(cfg, device)

@@ -566,6 +566,10 @@ def trajectory(model, eps, y, sampler="heun", num_steps=50, cfg_scale=1.0, cfg_i
     known("sampler", sampler, ODE_SAMPLERS + SDE_SAMPLERS)
     if num_steps < (2 if sampler in SDE_SAMPLERS else 1):
         raise ValueError(f"num_steps {num_steps} is not possible: an ODE takes at least 1 step, an SDE at least 2")
+    if min(atol, rtol) < 0 or atol + rtol == 0:
+        raise ValueError(f"atol {atol:g}, rtol {rtol:g}: want at least 0, and one of them more")
+    if diffusion_norm < 0:
+        raise ValueError(f"diffusion_norm {diffusion_norm:g}: want at least 0")
     t0, t1 = time_interval(path, prediction, sample_eps, reverse=reverse)
 
     def output(x, t, start):

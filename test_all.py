@@ -2936,11 +2936,14 @@ def test_png_files_and_zip_hold_the_images_of_the_npz(diffused, tmp_path):
             assert np.abs(image.astype(int) - np.asarray(Image.open(tmp_path / "c" / name))).max() <= 1
     for name in "bc":
         assert np.array_equal(np.load(tmp_path / f"{name}-labels.npy"), labels)
+    assert "a.npz is there" in refused(*words, tmp_path / "a.zip")               # with which it would share a.json
     assert not list(tmp_path.glob(".*"))
 
 
 def test_tasks_are_read_off_the_written_latents(whole, tmp_path):
     """-tasks.npz holds what heads and MLPs give for -latents.npy, whose images are those of the .npz."""
+    assert "MLPs of stage align" in refused("sample.py", "--run", whole / "aligned", "--out", tmp_path / "x.npz",
+                                            "--tasks", "depth", "--heads", whole / "aligned" / "align")
     for processes in (1, 2):
         command("sample.py", "--run", whole / "aligned", "--num", 23, "--steps", 2, "--batch-size", 5, "--latents",
                 "--tasks", "segmentation", "depth", "features", "--out", tmp_path / f"{processes}.npz",
@@ -3024,6 +3027,11 @@ def test_bad_weights_and_options_are_refused(published, diffused, tmp_path):
     assert "cfg_interval" in says(*good, "--cfg-interval", 0.9, 0.1)
     assert "cfg_channels 5" in says(*good, "--cfg-channels", 5)
     assert "diffusion_form 'x'" in says(*good, "--sampler", "sde-euler", "--diffusion-form", "x")
+    assert "--steps: ddimX: want 50" in says(*good, "--steps", "ddimX")
+    assert "--cfg-scale: nan: want a number" in says(*good, "--cfg-scale", "nan")
+    assert "want at least 0, and one of them more" in says(*good, "--sampler", "dopri5", "--atol", 0, "--rtol", 0)
+    assert "diffusion_norm -1" in says(*good, "--sampler", "sde-euler", "--diffusion-norm", -1)
+    assert "eta 1.5: want 0 to 1" in says("--run", diffused, "--family", "dit", "--sampler", "ddim", "--eta", 1.5)
     assert "was trained with linear" in says("--run", diffused, "--path", "gvp")
     assert "no --ckpt" in says("--run", diffused, "--ckpt", root / "sit.pt")
     assert "stage align" in says(*good, "--tasks", "features")
@@ -3033,6 +3041,20 @@ def test_bad_weights_and_options_are_refused(published, diffused, tmp_path):
     wide = vae.AutoencoderKL(block_out_channels=(16, 32), norm_num_groups=8, latent_channels=8, sample_size=32)
     wide.save_pretrained(root / "wide")
     assert "has latents of 8 channels" in says(*good, "--vae", root / "wide")
+
+
+def test_a_model_without_dropped_labels_is_not_guided(diffused, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(diffused, run)
+    config = json.loads((run / "sit" / "config.json").read_text())
+    (run / "sit" / "config.json").write_text(json.dumps({**config, "class_dropout_prob": 0.0}))
+    weights = vae.load_weights(run / "sit" / "ema.safetensors")
+    weights["y_embedder.embedding_table.weight"] = weights["y_embedder.embedding_table.weight"][:-1]
+    vae.save_safetensors(weights, run / "sit" / "ema.safetensors")
+    words = ["sample.py", "--run", run, "--num", 2, "--steps", 2, "--out", tmp_path / "x.npz"]
+    assert "without label dropout" in refused(*words, "--cfg-scale", 2)
+    assert "without label dropout" in refused(*words, "--classes", 10)
+    command(*words)
 
 
 def test_a_full_disk_is_said_before_any_work(diffused, tmp_path):

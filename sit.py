@@ -466,10 +466,11 @@ def dopri5(field, x, start, end, atol, rtol):
     """Dormand and Prince's method of order 5 with steps of its own choice: yields x after each, the last one at `end`.
 
     A step is as long as an error of atol + rtol |x|, in the root mean square, allows; the first is chosen as in Hairer,
-    Norsett and Wanner, "Solving Ordinary Differential Equations I", II.4. The rules are torchdiffeq's, so that it takes
-    no more evaluations than that; but each row of x (N, ...) has steps of its own, so that it does not depend on the
-    others, and waits at `end` for them; and the last step ends there, where torchdiffeq steps beyond and interpolates
-    back, which asks a model for times that it never saw. Raises RuntimeError where it finds no step.
+    Norsett and Wanner, "Solving Ordinary Differential Equations I", II.4. The rules are torchdiffeq's; but each row of
+    x (N, ...) has steps of its own, so that it does not depend on the others, and waits at `end` for the slowest, which
+    takes no more evaluations than torchdiffeq for it alone; and the last step ends there, where torchdiffeq steps
+    beyond and interpolates back, which asks a model for times that it never saw. Raises RuntimeError where it finds no
+    step.
     """
     def rms(v):                                                                  # (N, ...) -> (N,)
         return v.flatten(1).square().mean(1).sqrt().double()

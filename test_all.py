@@ -3146,7 +3146,7 @@ def test_the_study_plans_measures_and_reports(whole, tmp_path):
     for arm, stage in (("plain", "vae"), ("aligned", "align")):
         for name in (stage, "latents"):
             shutil.copytree(whole / arm / name, tmp_path / "seed0" / arm / name)
-        (tmp_path / "seed0" / arm / "sit-6").mkdir()
+        shutil.copytree(whole / arm / "sit", tmp_path / "seed0" / arm / "sit-6" / "sit")
         for ending in ("npz", "json"):
             shutil.copy(whole / arm / f"samples.{ending}", tmp_path / "seed0" / arm / "sit-6" / f"samples-0.{ending}")
     results = train.measure_study(cfg, tmp_path)
@@ -3162,6 +3162,7 @@ def test_the_study_plans_measures_and_reports(whole, tmp_path):
         for name in ("PSNR of reconstructions, dB", "linear probe on latents, accuracy"):
             assert line[name] == pytest.approx(figures[arm][name], rel=1e-5)
         assert 1 <= line["dimensions"] <= 4 * 8 * 8 and sum(line["rings"]) == pytest.approx(1)
+        assert len(line["channels"]) == 4 and sum(line["channels"]) == pytest.approx(1)
         assert 0 <= sampled["precision"] <= 1 <= sampled["IS"] <= 10
     assert train.measure_study(cfg, tmp_path) == results and (tmp_path / "results.jsonl").read_text() == lines
     (tmp_path / "results.jsonl").write_text(lines[:-30])                         # a kill within the last line
@@ -3172,6 +3173,7 @@ def test_the_study_plans_measures_and_reports(whole, tmp_path):
     plain, aligned = (results[0, arm, "sit", 6, "no guidance"]["FD"] for arm in ("plain", "aligned"))
     assert f"| SiT | 6 | no guidance | {plain:.2f} | {aligned:.2f} | {100 * (aligned / plain - 1):.0f} % |" in text
     assert "2 of the 125 sets are there" in text and "| DiT |" not in text and "guidance 1.5 |" not in text
+    assert Image.open(tmp_path / "samples.png").width > 250 and not (tmp_path / "fd.png").exists()
 
 
 def test_weights_and_controls_of_the_alignment_do_what_they_say(whole, tmp_path):

@@ -1019,12 +1019,12 @@ def finished(folder):
 
 SPEED = ("seconds_per_step", "images_per_second", "data_wait", "peak_memory_gib", "model_flops_utilisation")
 LOGARITHMIC = ("mse", "l1", "kl", "lpips", "loss", "class_loss", "segment_loss", "depth_loss", "align", "gradient",
-               "discriminator_gradient")
+               "discriminator_gradient", "FD")
 
 
-def plot(panels, size=(300, 200), per_row=3, unit="steps"):
-    """Curves over steps, or another unit, as a PIL image: {panel: {curve: [(step, value), ...]}}. A title's last word
-    is looked up in LOGARITHMIC."""
+def plot(panels, size=(300, 200), per_row=3):
+    """Curves over steps as a PIL image: {panel: {curve: [(step, value), ...]}}. A title's last word is looked up in
+    LOGARITHMIC."""
     colors = ((31, 119, 180), (214, 39, 40), (44, 160, 44), (148, 103, 189))
     names = sorted({name for curves in panels.values() for name in curves}, reverse=True)
     font, (width, height) = ImageFont.load_default(11), size
@@ -1050,7 +1050,7 @@ def plot(panels, size=(300, 200), per_row=3, unit="steps"):
             draw.line((left, y, right, y), fill=(225, 225, 225))
             draw.text((left - 5 - font.getlength(label), y - 7), label, fill=(80, 80, 80), font=font)
         for x in (0, max(xs) // 2, max(xs)):
-            label = f"{x} {unit}" if x == max(xs) else str(x)
+            label = f"{x} steps" if x == max(xs) else str(x)
             start = min(place(x, ys[0])[0] - font.getlength(label) / 2, right + 12 - font.getlength(label))
             draw.text((start, bottom + 3), label, fill=(80, 80, 80), font=font)
         heights = [place(x, y)[1] for points in curves.values() for x, y in points if x > max(xs) / 2]
@@ -2297,15 +2297,22 @@ def study_autoencoder(judge, autoencoder, arm, stage, heads_config):
         read = in_batches(lambda z: read_latents(heads, judge.task_heads, z, judge.cfg.image_size), z_test)
         figures.update(zip(TASK_FIGURES, score_tasks(read, judge.truth)))
     figures["dimensions"], figures["rings"] = latent_spectrum(autoencoder.normalize(z_test))
+    variance = z_test.var((0, 2, 3))
+    figures["channels"] = (variance / variance.sum()).sort(descending=True).values.tolist()
     others = z_test[torch.randperm(len(z_test), generator=generator(judge.cfg.seed, 5)).to(judge.device)]
     between = in_batches(lambda z: judge.evaluator(autoencoder.decode(z).sample)[0], (z_test + others) / 2)
     figures["FD halfway between two latents"] = frechet(between, judge.real)
-    log = [json.loads(line) for line in (arm / stage / "log.jsonl").read_text().splitlines()]
-    figures["seconds per step"] = float(np.median([line["seconds_per_step"] for line in log]))
+    figures["seconds per step"] = seconds_per_step(arm / stage)
     return figures
 
 
-def study_sample_figures(judge, path, rec_feats):
+def seconds_per_step(folder):
+    """The median over the lines of a stage's log."""
+    return float(np.median([json.loads(line)["seconds_per_step"]
+                            for line in (folder / "log.jsonl").read_text().splitlines()]))
+
+
+def study_sample_figures(judge, path, family, rec_feats):
     """Figures of a set of samples: those of ADM's suite, with the evaluator in place of Inception."""
     with np.load(path) as archive:
         images, labels = torch.from_numpy(archive["arr_0"]).permute(0, 3, 1, 2), torch.from_numpy(archive["arr_1"])
@@ -2314,7 +2321,8 @@ def study_sample_figures(judge, path, rec_feats):
     return {"FD": frechet(feats, judge.real), "sFD": frechet(spatial, judge.real_spatial),
             "IS": fid.inception_score(logits), "precision": precision, "recall": recall,
             "FD to own reconstructions": frechet(feats, rec_feats),
-            "class accuracy": (logits.argmax(1).cpu() == labels).float().mean().item()}
+            "class accuracy": (logits.argmax(1).cpu() == labels).float().mean().item(),
+            "seconds per step": seconds_per_step(path.parent / family)}
 
 
 def measure_study(cfg, out):
@@ -2349,7 +2357,8 @@ def measure_study(cfg, out):
             rec = in_batches(lambda x: to_uint8(autoencoder.decode(autoencoder.encode(x).latent_dist.mean).sample),
                              judge.x_test)
             rec_feats, *_ = in_batches(judge.evaluator, to_float(rec, device))
-            new = [(run, weights, study_sample_figures(judge, samples, rec_feats)) for run, samples, weights in todo]
+            new = [(run, weights, study_sample_figures(judge, samples, run[2], rec_feats))
+                   for run, samples, weights in todo]
             if json.dumps(list(own)) not in known:
                 new.append((*own, study_autoencoder(judge, autoencoder, arm, stage, config)))
             for run, weights, figures in new:
@@ -2366,70 +2375,137 @@ def spread(values, digits=2):
     return text + (f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else "")
 
 
-def study_report(cfg, out, results):
-    """report.md of the study: the plan, then the tables of what is there."""
-    runs, done, arms = study_runs(cfg), set(results), ("plain", "aligned")
-    seeds = sorted({run[0] for run in runs})
-    text = [f"# Plain and aligned latents: {cfg.data}", "",
-            f"The plan, made before any result: {len(runs)} sets of {cfg.num_samples} samples; seeds "
-            f"{', '.join(map(str, seeds))}, each of its own autoencoders and transformers, with one teacher and one "
-            f"evaluator; steps of the transformer {', '.join(str(s) for s in sorted({run[3] for run in runs}))}, each "
-            "with a schedule of its own. All seeds and all lengths stand below. "
-            f"{sum(run in done for run in runs)} of the {len(runs)} sets are there.", "",
-            "FD is the Frechet distance of the evaluator's features to held-out images, sFD that of its spatial "
-            "features; IS, precision and recall are of the evaluator too. They compare within this report only. Where "
-            "there are several seeds: mean and standard deviation.", ""]
-    changes = {}
-    main = ["| | steps | guidance | FD plain | FD aligned | change | sFD | IS | precision | recall |",
-            "|---" * 10 + "|"]
+def main_table(runs, seeds, results):
+    """Lines of the main table: plain beside aligned, mean and standard deviation over the seeds; then the average."""
+    changes, rows = {}, []
     for family, steps, guidance in dict.fromkeys(run[2:] for run in runs):
-        pairs = [[results.get((seed, name, family, steps, guidance)) for name in arms] for seed in seeds]
+        pairs = [[results.get((seed, name, family, steps, guidance)) for name in ("plain", "aligned")]
+                 for seed in seeds]
         pairs = [pair for pair in pairs if all(pair)]
         if not pairs:
             continue
         change = [100 * (aligned["FD"] / plain["FD"] - 1) for plain, aligned in pairs]
         changes.setdefault(guidance, []).extend(change)
-
-        def both(key, digits=2):
-            return " → ".join(spread([pair[i][key] for pair in pairs], digits) for i in (0, 1))
-
-        main.append(f"| {FAMILIES[family][1].__name__} | {steps} | {guidance} | " + " | ".join(
-            both("FD").split(" → ")) + f" | {spread(change, 0)} % | {both('sFD')} | {both('IS')} | "
-            f"{both('precision')} | {both('recall')} |")
-    text += ["## Main table", "", *main, ""]
+        cells = [FAMILIES[family][1].__name__, f"{steps}", guidance, *(spread([pair[i]["FD"] for pair in pairs])
+                 for i in (0, 1)), f"{spread(change, 0)} %"]
+        cells += [" → ".join(spread([pair[i][key] for pair in pairs]) for i in (0, 1))
+                  for key in ("sFD", "IS", "precision", "recall")]
+        rows.append(cells)
+    lines = table_lines(["", "steps", "guidance", "FD plain", "FD aligned", "change", "sFD", "IS", "precision",
+                         "recall"], rows) + [""]
     for guidance, change in changes.items():
-        text.append(f"* {guidance}: the FD of aligned latents is {-np.mean(change):.0f} % lower on average over "
-                    f"{len(change)} pairs (from {-np.max(change):.0f} to {-np.min(change):.0f} %); the paper's 15 % is "
-                    f"{'reached' if np.mean(change) <= -15 else 'not reached'}.")
-    names = [name for name in AUTOENCODERS if (0, name) in results]
-    columns = {"PSNR of reconstructions, dB": ("PSNR, dB", 2), "FD of reconstructions": ("FD rec.", 3),
-               "linear probe on latents, accuracy": ("probe", 3), "cosine to the teacher, patches": ("cosine", 3),
-               TASK_FIGURES[0]: ("mIoU", 3), TASK_FIGURES[1]: ("depth error", 3), "dimensions": ("dimensions", 0),
-               "FD halfway between two latents": ("FD halfway", 2)}
-    columns = {key: value for key, value in columns.items() if names and key in results[0, names[0]]}
-    for title, chosen in (("Why", (*arms, *CONTROLS)),
+        lines.append(f"* {guidance}: the FD of aligned latents is {-np.mean(change):.0f} % lower on average over "
+                     f"{len(change)} pairs (from {-np.max(change):.0f} to {-np.min(change):.0f} %); the paper's 15 % "
+                     f"is {'reached' if np.mean(change) <= -15 else 'not reached'}.")
+    return lines
+
+
+def table_lines(head, rows):
+    """Lines of a Markdown table."""
+    return ["| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *rows)]
+
+
+def autoencoder_tables(cfg, results):
+    """Lines of the sections Why and Ablations, of what is there."""
+    columns = {"PSNR, dB": ("PSNR of reconstructions, dB", 2), "FD rec.": ("FD of reconstructions", 3),
+               "probe": ("linear probe on latents, accuracy", 3), "cosine": ("cosine to the teacher, patches", 3),
+               "mIoU": (TASK_FIGURES[0], 3), "depth error": (TASK_FIGURES[1], 3), "dimensions": ("dimensions", 0),
+               "FD halfway": ("FD halfway between two latents", 2)}
+    lines = []
+    for title, chosen in (("Why", ("plain", "aligned", *CONTROLS)),
                           ("Ablations", [name for name in AUTOENCODERS if name not in CONTROLS])):
-        rows = [name for name in chosen if name in names]
-        table = ["| autoencoder | " + " | ".join(label for label, _ in columns.values()) + " | FD of samples |",
-                 "|---" * (len(columns) + 2) + "|"]
-        for name in rows:
-            line, sampled = results[0, name], results.get((0, name, "sit", cfg.steps, "no guidance"))
-            cells = [f"{line[key]:.{digits}f}" for key, (_, digits) in columns.items()]
-            table.append("| " + " | ".join([name, *cells, f"{sampled['FD']:.2f}" if sampled else ""]) + " |")
-        if len(rows) > 1:
-            text += ["", f"## {title}", "", f"Seed 0; samples of SiT after {cfg.steps} steps, no guidance. The MLPs "
-                     "that read cosine, masks and depth off the latents are fitted afterwards, for all alike.", ""]
-            text += table
-    pairs = [[results.get((seed, name)) for name in arms] for seed in seeds]
-    pairs = [pair for pair in pairs if all(pair)]
-    if pairs:
-        share = [100 * (aligned["seconds per step"] / plain["seconds per step"] - 1) for plain, aligned in pairs]
-        text += ["", "## Cost", "", f"A step of the aligned autoencoder takes {spread(share, 0)} % longer than one of "
-                 "the plain; the transformer and its sampling are the same computation on latents of the same shape."]
-        rings = {name: list(enumerate(results[0, name]["rings"])) for name in arms if name in names}
-        title = "share of the latents' variance by spatial frequency"
-        save_picture(plot({title: rings}, (480, 260), unit="cycles"), out / "spectrum.png")
-        text += ["", "![spectrum](spectrum.png)"]
+        found = {name: results[0, name] for name in chosen if (0, name) in results}
+        if len(found) < 2:
+            continue
+        shown = {label: (key, digits) for label, (key, digits) in columns.items()
+                 if all(key in line for line in found.values())}
+        rows = []
+        for name, line in found.items():
+            samples = results.get((0, name, "sit", cfg.steps, "no guidance"))
+            rows.append([name, *(f"{line[key]:.{digits}f}" for key, digits in shown.values()),
+                         f"{samples['FD']:.2f}" if samples else ""])
+        lines += ["", f"## {title}", "", f"Seed 0; samples of SiT after {cfg.steps} steps, no guidance. The MLPs that "
+                  "read cosine, masks and depth off the latents are fitted afterwards, for all alike.", "",
+                  *table_lines(["", *shown, "FD of samples"], rows)]
+        if title == "Why":
+            count = max(len(line["rings"]) for line in found.values())
+            rows = [[name, " ".join(f"{100 * share:.0f}" for share in line["channels"]),
+                     *(f"{100 * share:.1f}" for share in line["rings"])] for name, line in found.items()]
+            lines += ["", "Where the variance of the latents is, in %: by channel, and of the normalised latents by "
+                      "spatial frequency, in cycles across the image.", "",
+                      *table_lines(["", "channels", *map(str, range(count))], rows)]
+    return lines
+
+
+def cost_table(cfg, out, results):
+    """Lines of the section Cost: medians and ranges over all runs of the main table."""
+    timings = json.loads((out / "timings.json").read_text()) if (out / "timings.json").is_file() else {}
+    costs = {}
+    for run, line in results.items():
+        seed, name, *rest = run
+        if name not in ("plain", "aligned"):
+            continue
+        label = "a step of the autoencoder" if not rest else f"a step of {FAMILIES[rest[0]][1].__name__}"
+        costs.setdefault(label, {}).setdefault(name, []).append(line["seconds per step"])
+        if rest:
+            label = f"{cfg.num_samples} samples of {FAMILIES[rest[0]][1].__name__}, {rest[2]}"
+            seconds = timings.get(str(study_samples(out, *run).relative_to(out)))
+            if seconds:
+                costs.setdefault(label, {}).setdefault(name, []).append(seconds)
+    rows = [[label, *(f"{np.median(by[name]):.3g} ({min(by[name]):.3g} to {max(by[name]):.3g})"
+                      for name in ("plain", "aligned")),
+             f"{100 * (np.median(by['aligned']) / np.median(by['plain']) - 1):+.0f} %"]
+            for label, by in costs.items() if len(by) == 2]
+    return ["", "## Cost", "", "Median seconds and their range, two commands side by side. The transformers do the "
+            "same computation on latents of the same shape.", "", *table_lines(["", "plain", "aligned", "change"], rows)]
+
+
+def draw_study(cfg, out, results):
+    """Pictures of the study: fd.png over the length of training, samples.png of seed 0. Returns their names."""
+    arms, curves, columns, shown = ("plain", "aligned"), {}, {}, []
+    for family, guidance in dict.fromkeys((run[2], run[4]) for run in results if len(run) > 2):
+        for name in arms:
+            found = {}
+            for run, line in results.items():
+                if (*run[1:3], *run[4:]) == (name, family, guidance):
+                    found.setdefault(run[3], []).append(line["FD"])
+            if len(found) > 1:
+                title = f"{FAMILIES[family][1].__name__}, {guidance}: FD"
+                curves.setdefault(title, {})[name] = [(steps, np.mean(found[steps])) for steps in sorted(found)]
+    if curves:
+        save_picture(plot(curves), out / "fd.png")
+        shown.append("fd.png")
+    lengths = sorted({run[3] for run in study_runs(cfg)})
+    for name in arms:
+        for steps in lengths:
+            run = 0, name, "sit", steps, "no guidance"
+            if run in results:
+                with np.load(study_samples(out, *run).with_suffix(".npz")) as archive:
+                    images, labels = (torch.from_numpy(archive[key]) for key in ("arr_0", "arr_1"))
+                columns[f"{name}, {steps} steps"], _ = by_class(images.permute(0, 3, 1, 2), labels, 10,
+                                                                10 if len(lengths) == 1 else 4)
+    if columns:
+        save_picture(sheet(columns), out / "samples.png")
+        shown.append("samples.png")
+    return shown
+
+
+def study_report(cfg, out, results):
+    """report.md of the study: the plan, then the tables and pictures of what is there."""
+    runs = study_runs(cfg)
+    seeds, lengths = (sorted({run[i] for run in runs}) for i in (0, 3))
+    done = sum(run in results for run in runs)
+    text = [f"# Plain and aligned latents: {cfg.data}", "",
+            f"The plan, made before any result: {len(runs)} sets of {cfg.num_samples} samples; seeds "
+            f"{', '.join(map(str, seeds))}, each of its own autoencoders and transformers, with one teacher and one "
+            f"evaluator; steps of the transformer {', '.join(map(str, lengths))}, each with a schedule of its own. All "
+            f"seeds and all lengths stand below. {done} of the {len(runs)} sets are there.", "",
+            "FD is the Frechet distance of the evaluator's features to held-out images, sFD that of its spatial "
+            "features; IS, precision and recall are of the evaluator too. They compare within this report only. Where "
+            "there are several seeds: mean ± standard deviation."]
+    if done:
+        text += ["", "## Main table", "", *main_table(runs, seeds, results), *autoencoder_tables(cfg, results),
+                 *cost_table(cfg, out, results), *(f"\n![{name}]({name})" for name in draw_study(cfg, out, results))]
     with atomic_file(out / "report.md") as file:
         file.write(("\n".join(text) + "\n").encode())
 

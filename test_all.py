@@ -3149,6 +3149,7 @@ def test_the_study_plans_measures_and_reports(whole, tmp_path):
         shutil.copytree(whole / arm / "sit", tmp_path / "seed0" / arm / "sit-6" / "sit")
         for ending in ("npz", "json"):
             shutil.copy(whole / arm / f"samples.{ending}", tmp_path / "seed0" / arm / "sit-6" / f"samples-0.{ending}")
+    train.write_json({f"seed0/{arm}/sit-6/samples-0": 1.5 for arm in ("plain", "aligned")}, tmp_path / "timings.json")
     results = train.measure_study(cfg, tmp_path)
     lines = (tmp_path / "results.jsonl").read_text()
     assert len(lines.splitlines()) == len(results) == 4
@@ -3173,6 +3174,7 @@ def test_the_study_plans_measures_and_reports(whole, tmp_path):
     plain, aligned = (results[0, arm, "sit", 6, "no guidance"]["FD"] for arm in ("plain", "aligned"))
     assert f"| SiT | 6 | no guidance | {plain:.2f} | {aligned:.2f} | {100 * (aligned / plain - 1):.0f} % |" in text
     assert "2 of the 125 sets are there" in text and "| DiT |" not in text and "guidance 1.5 |" not in text
+    assert "| 20 samples of SiT, no guidance | 1.5 (1.5 to 1.5) | 1.5 (1.5 to 1.5) | +0 % |" in text
     assert Image.open(tmp_path / "samples.png").width > 250 and not (tmp_path / "fd.png").exists()
 
 

@@ -2048,7 +2048,7 @@ def write_report(cfg, out, table, ideal, seconds):
     gain = 100 * (1 - aligned[fd] / plain[fd])
     verdict = (f"FD of samples without guidance is {abs(gain):.0f} % {'lower' if gain > 0 else 'higher'} when aligned: "
                f"the aim of 15 % lower is {'reached' if gain >= 15 else 'not reached'} in this run.")
-    timings = json.loads((out / "timings.json").read_text()) if (out / "timings.json").is_file() else {}
+    timings = read_timings(out)
     timings["report"] = seconds
     shown = ["curves.png", "real.png", "reconstructions.png", "samples.png", "samples-guided.png"]
     shown += [name for name in ("embedding.png", "tasks.png", "aligned/samples-tasks.png") if (out / name).is_file()]
@@ -2151,13 +2151,18 @@ def sample_job(run, name, flags, *before):
             *map(str, flags)], before, file
 
 
+def read_timings(out):
+    """Seconds that the jobs of a run took, so far."""
+    path = out / "timings.json"
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
 def run_jobs(jobs, out):
     """Run commands, each when all before it are done; two at once on a CPU. Their seconds go to timings.json."""
     slots = 1 if torch.cuda.is_available() or os.cpu_count() == 1 else 2
     env = dict(os.environ, OMP_NUM_THREADS=str(max(1, os.cpu_count() // slots)), OMP_WAIT_POLICY="passive",
                REALS_PARENT=str(os.getpid()))
-    path = out / "timings.json"
-    timings = json.loads(path.read_text()) if path.is_file() else {}
+    timings = read_timings(out)
     done, running = set(), {}
     for name, (command, before, product) in jobs.items():
         if product.suffix == ".npz" and product.is_file():                       # samples are as good as their weights
@@ -2188,7 +2193,7 @@ def run_jobs(jobs, out):
                     sys.exit(child.returncode)
                 done.add(name)
                 timings.setdefault(name, round(time.time() - start, 1))
-                write_json(timings, path)
+                write_json(timings, out / "timings.json")
     finally:
         for child, _, _ in running.values():
             child.terminate()
@@ -2334,6 +2339,7 @@ def measure_study(cfg, out):
     if not text.endswith("\n"):                                                  # killed within a line, or not begun
         path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     known = {json.dumps([line["run"], line["weights"]]) for line in lines}
+    timings = read_timings(out)
     found, judge, config = {}, None, None
     for run in study_runs(cfg):
         seed, name, *_ = run
@@ -2357,7 +2363,8 @@ def measure_study(cfg, out):
             rec = in_batches(lambda x: to_uint8(autoencoder.decode(autoencoder.encode(x).latent_dist.mean).sample),
                              judge.x_test)
             rec_feats, *_ = in_batches(judge.evaluator, to_float(rec, device))
-            new = [(run, weights, study_sample_figures(judge, samples, run[2], rec_feats))
+            new = [(run, weights, {**study_sample_figures(judge, samples, run[2], rec_feats),
+                                   "seconds": timings.get(str(samples.with_suffix("").relative_to(out)))})
                    for run, samples, weights in todo]
             if json.dumps(list(own)) not in known:
                 new.append((*own, study_autoencoder(judge, autoencoder, arm, stage, config)))
@@ -2437,27 +2444,25 @@ def autoencoder_tables(cfg, results):
     return lines
 
 
-def cost_table(cfg, out, results):
+def cost_table(cfg, results):
     """Lines of the section Cost: medians and ranges over all runs of the main table."""
-    timings = json.loads((out / "timings.json").read_text()) if (out / "timings.json").is_file() else {}
     costs = {}
     for run, line in results.items():
         seed, name, *rest = run
         if name not in ("plain", "aligned"):
             continue
-        label = "a step of the autoencoder" if not rest else f"a step of {FAMILIES[rest[0]][1].__name__}"
-        costs.setdefault(label, {}).setdefault(name, []).append(line["seconds per step"])
-        if rest:
-            label = f"{cfg.num_samples} samples of {FAMILIES[rest[0]][1].__name__}, {rest[2]}"
-            seconds = timings.get(str(study_samples(out, *run).relative_to(out)))
-            if seconds:
-                costs.setdefault(label, {}).setdefault(name, []).append(seconds)
+        model = FAMILIES[rest[0]][1].__name__ if rest else "the autoencoder"
+        costs.setdefault(f"a step of {model}", {}).setdefault(name, []).append(line["seconds per step"])
+        if rest and line["seconds"]:
+            label = f"{cfg.num_samples} samples of {model}, {rest[2]}"
+            costs.setdefault(label, {}).setdefault(name, []).append(line["seconds"])
     rows = [[label, *(f"{np.median(by[name]):.3g} ({min(by[name]):.3g} to {max(by[name]):.3g})"
                       for name in ("plain", "aligned")),
              f"{100 * (np.median(by['aligned']) / np.median(by['plain']) - 1):+.0f} %"]
-            for label, by in costs.items() if len(by) == 2]
+            for label, by in sorted(costs.items()) if len(by) == 2]
     return ["", "## Cost", "", "Median seconds and their range, two commands side by side. The transformers do the "
-            "same computation on latents of the same shape.", "", *table_lines(["", "plain", "aligned", "change"], rows)]
+            "same computation on latents of the same shape.", "",
+            *table_lines(["", "plain", "aligned", "change"], rows)]
 
 
 def draw_study(cfg, out, results):
@@ -2490,8 +2495,8 @@ def draw_study(cfg, out, results):
     return shown
 
 
-def study_report(cfg, out, results):
-    """report.md of the study: the plan, then the tables and pictures of what is there."""
+def study_tables(cfg, results):
+    """Lines of the study's report: the plan, then the tables of what is there."""
     runs = study_runs(cfg)
     seeds, lengths = (sorted({run[i] for run in runs}) for i in (0, 3))
     done = sum(run in results for run in runs)
@@ -2505,7 +2510,13 @@ def study_report(cfg, out, results):
             "there are several seeds: mean ± standard deviation."]
     if done:
         text += ["", "## Main table", "", *main_table(runs, seeds, results), *autoencoder_tables(cfg, results),
-                 *cost_table(cfg, out, results), *(f"\n![{name}]({name})" for name in draw_study(cfg, out, results))]
+                 *cost_table(cfg, results)]
+    return text
+
+
+def study_report(cfg, out, results):
+    """report.md of the study, and its pictures."""
+    text = study_tables(cfg, results) + [f"\n![{name}]({name})" for name in draw_study(cfg, out, results)]
     with atomic_file(out / "report.md") as file:
         file.write(("\n".join(text) + "\n").encode())
 

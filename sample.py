@@ -210,6 +210,14 @@ def write_json(value, path):
         file.write((json.dumps(value, indent=2) + "\n").encode())
 
 
+def read_json(path):
+    """What write_json wrote; stops where it is damaged."""
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        stop(f"{path} is damaged ({error}): delete it, and run again what wrote it")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Models of a run
 
@@ -246,8 +254,8 @@ def load_run(run, family):
     folder = run / family
     if not (folder / "ema.safetensors").is_file():
         stop(f"{folder}/ema.safetensors not found: run train.py --stage {family} --out {run} first")
-    settings, (module, network) = json.loads((folder / "settings.json").read_text()), FAMILIES[family]
-    model = network(**json.loads((folder / "config.json").read_text()))
+    settings, (module, network) = read_json(folder / "settings.json"), FAMILIES[family]
+    model = network(**read_json(folder / "config.json"))
     try:
         load_strict(model, load_weights(folder / "ema.safetensors"), folder / "ema.safetensors")
     except ValueError as error:
@@ -321,7 +329,7 @@ def load_heads(folder):
     """AlignmentHeads that stage align wrote into its folder."""
     if not (folder / "heads.safetensors").is_file():
         stop(f"{folder}/heads.safetensors not found: masks, depth and features need a run of train.py --stage align")
-    heads = align.AlignmentHeads(**json.loads((folder / "heads.json").read_text()))
+    heads = align.AlignmentHeads(**read_json(folder / "heads.json"))
     try:
         load_strict(heads, load_weights(folder / "heads.safetensors"), folder / "heads.safetensors")
     except ValueError as error:
@@ -337,7 +345,7 @@ def load_task_heads(sources):
     for source in sources:
         folder = Path(source)
         if (folder / "heads.json").is_file():
-            config = json.loads((folder / "heads.json").read_text())
+            config = read_json(folder / "heads.json")
             if "segmentation" not in config:
                 stop(f"{folder} holds the MLPs of stage align: want the folder of stage heads or teacher")
             for name, network in (("segmentation", align.SegmentationHead), ("depth", align.DepthHead)):
@@ -408,7 +416,7 @@ class Rows:
         options = {**options, "arrays": {name: [*shape, *row, np.dtype(dtype).name]
                                          for name, (row, dtype) in arrays.items()}}
         if process()[0] == 0 and path.is_file():
-            differ(json.loads(path.read_text()), options, self.folder)
+            differ(read_json(path), options, self.folder)
         elif process()[0] == 0:
             shutil.rmtree(self.folder, ignore_errors=True)
             try:
@@ -486,7 +494,7 @@ def is_done(cfg, options):
         return False
     if not path.is_file():
         stop(f"--out {cfg.out} exists: choose another name or delete it")
-    differ(json.loads(path.read_text()), options, cfg.out)
+    differ(read_json(path), options, cfg.out)
     if process()[0] == 0:
         shutil.rmtree(Rows.folder_of(cfg.out), ignore_errors=True)               # killed at the very end
         print(f"{cfg.out} is done already")
@@ -658,7 +666,7 @@ def load_readers(cfg, source, device):
         settings = source.folder / "settings.json"
         if not cfg.heads and not settings.is_file():
             stop(f"--tasks: {settings} does not tell the teacher, since it is not there: give --heads")
-        teacher = Path(cfg.heads[0] if cfg.heads else json.loads(settings.read_text())["teacher"])
+        teacher = Path(cfg.heads[0] if cfg.heads else read_json(settings)["teacher"])
         moved = source.folder.parent.parent / teacher.name                       # with the whole run, from elsewhere
         if not cfg.heads and str(teacher) in align.DINOV2:
             stop(f"--tasks: the teacher is {teacher}, of which there are several heads: give --heads")

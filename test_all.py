@@ -3315,6 +3315,8 @@ def test_missing_and_foreign_inputs_are_refused(whole, tmp_path):
     settings = json.loads((arm / "sit" / "settings.json").read_text())
     (arm / "sit" / "settings.json").write_text(json.dumps({**settings, "vae": "gone/vae"}))
     assert "is not the autoencoder" in refused("sample.py", "--run", arm, "--num", 2, "--out", tmp_path / "x.npz")
+    (arm / "sit" / "settings.json").write_text('{"vae": ')
+    assert "settings.json is damaged" in refused("sample.py", "--run", arm, "--num", 2, "--out", tmp_path / "x.npz")
     words = ["--stage", "align", "--out", tmp_path / "f", *SMALL]
     assert "multiple of the teacher's patches" in refused("train.py", *words, "--teacher", whole / "teacher",
                                                           "--teacher-size", 30)

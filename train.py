@@ -57,8 +57,8 @@ import fid
 import vae
 from sample import (FAMILIES, Rows, autoencoder_folder, barrier, by_class, checksum, decode, device_of_process,
                     first_on_node, generate, join_processes, legend_of, load_autoencoder, load_heads, load_lpips,
-                    load_task_heads, process, progress, read_latents, read_tasks, save_picture, scatter, sheet, stop,
-                    to_float, to_uint8, write_json)
+                    load_task_heads, process, progress, read_json, read_latents, read_tasks, save_picture, scatter,
+                    sheet, stop, to_float, to_uint8, write_json)
 from vae import atomic_file, load_weights, save_safetensors
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -669,7 +669,7 @@ def claim_folder(cfg, *names, **facts):
     settings = json.loads(json.dumps({**{name: getattr(cfg, name) for name in common + names}, **facts}))
     path = folder / "settings.json"
     if path.is_file():
-        before = json.loads(path.read_text())
+        before = read_json(path)
         for name in settings:
             if before.get(name) != settings[name]:
                 stop(f"{folder} holds a run with {name} = {before.get(name)}, not {settings[name]}: "
@@ -691,7 +691,7 @@ def read_settings(folder):
     path = Path(folder) / "settings.json"
     if not path.is_file():
         stop(f"{path} not found: want the folder of a stage of train.py")
-    return json.loads(path.read_text())
+    return read_json(path)
 
 
 OPTIMISER = ("lr", "warmup", "decay", "weight_decay", "clip")                    # settings of a stage that trains
@@ -1226,7 +1226,7 @@ def teacher_on_meta(name):
         if not (folder / "dinov2.safetensors").is_file():
             stop(f"{folder}/dinov2.safetensors not found: run train.py --stage teacher --out {folder.parent} first, "
                  "or give --teacher a folder or a published name")
-        config = json.loads((folder / "config.json").read_text())
+        config = read_json(folder / "config.json")
     with torch.device("meta"):
         return align.DINOv2(**config).to("meta")
 
@@ -1681,7 +1681,7 @@ class Latents:
         folder = Path(cfg.latents or Path(cfg.out) / "latents")
         if not (folder / "meta.json").is_file():
             stop(f"{folder}/meta.json not found: run train.py --stage latents --out {folder.parent} first")
-        meta = json.loads((folder / "meta.json").read_text())
+        meta = read_json(folder / "meta.json")
         if meta["autoencoder"] != checksum(source):
             stop(f"{folder} was encoded by another autoencoder than {source}: delete it and run --stage latents again")
         self.moments, self.labels = np.load(folder / "moments.npy", mmap_mode="r"), np.load(folder / "labels.npy")
@@ -2132,8 +2132,8 @@ def as_flags(given):
 def claim_run(out, given):
     """Make the folder of many stages; stops where it holds a run of other flags."""
     path = out / "config.json"
-    if path.is_file() and json.loads(path.read_text()) != given:
-        stop(f"{out} holds a run with {json.loads(path.read_text())}, not {given}: choose another --out, or delete it")
+    if path.is_file() and read_json(path) != given:
+        stop(f"{out} holds a run with {read_json(path)}, not {given}: choose another --out, or delete it")
     out.mkdir(parents=True, exist_ok=True)
     write_json(given, path)
 
@@ -2154,7 +2154,7 @@ def sample_job(run, name, flags, *before):
 def read_timings(out):
     """Seconds that the jobs of a run took, so far."""
     path = out / "timings.json"
-    return json.loads(path.read_text()) if path.is_file() else {}
+    return read_json(path) if path.is_file() else {}
 
 
 def run_jobs(jobs, out):
@@ -2349,7 +2349,7 @@ def measure_study(cfg, out):
     with progress(sum(map(len, found.values())), "measure", "set") as bar, open(path, "a") as file:
         for (seed, name), sets in found.items():
             arm, stage = study_arm(out, seed, name), AUTOENCODERS[name][0]
-            sets = [(run, samples, {key: json.loads(samples.with_suffix(".json").read_text())[key]
+            sets = [(run, samples, {key: read_json(samples.with_suffix(".json"))[key]
                                     for key in ("transformer", "autoencoder")}) for run, samples in sets]
             own = [seed, name], {"autoencoder": checksum(arm / stage)}
             todo = [row for row in sets if json.dumps([list(row[0]), row[2]]) not in known]

@@ -727,11 +727,14 @@ def draw_embedding(args):
 
 def main(argv=None):
     """What the alignment does to images, or to the latents of a data set, as a picture."""
+    import sample
+    import train
     parser = argparse.ArgumentParser(
         formatter_class=argparse.RawDescriptionHelpFormatter, description="Pictures of aligned latents. This program "
         "needs the other files of ReaLS beside it.\n\n"
         "    python align.py features cat.jpg dog.png --vae runs/NAME/align --out features.png\n"
         "    python align.py embedding scenes --vae runs/scenes/plain/vae runs/scenes/aligned/align --out two.png")
+    parser.error = sample.stop                                                   # one line, without the usage
     parser.add_argument("picture", choices=("features", "embedding"),
                         help="features: PCA and similarity of DINOv2's and of the latent's features, masks and depth; "
                         "embedding: pooled latents of held-out images in the plane, coloured by class")
@@ -745,8 +748,6 @@ def main(argv=None):
     parser.add_argument("--num", type=int, default=1000, help="embedding: images")
     parser.add_argument("--out", type=Path, default=Path("align.png"), help="the PNG to write")
     args = parser.parse_args(argv)
-    import sample
-    import train
     try:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         {"features": draw_features, "embedding": draw_embedding}[args.picture](args)

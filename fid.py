@@ -845,7 +845,12 @@ def run(cfg):
 
 def main():
     """Read the flags and run; a mistake of the user ends in one line and exit status 2."""
+    def stop(message):
+        print(f"fid.py: {message}", file=sys.stderr)
+        sys.exit(2)
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = stop                                                          # one line, without the usage
     parser.add_argument("samples", type=Path, help=".npz, .npy, folder or .zip of images")
     parser.add_argument("reference", type=Path, nargs="?", help="the same, or a .npz of statistics")
     parser.add_argument("--metrics", nargs="+", choices=METRICS,
@@ -860,14 +865,13 @@ def main():
     parser.add_argument("--batch-size", type=int, default=64, help="images at once on a process")
     parser.add_argument("--workers", type=int, default=4, help="threads that decode images, for every process")
     cfg = parser.parse_args()
+    for name, least in (("batch_size", 1), ("workers", 1), ("references", 0)):
+        if getattr(cfg, name) < least:
+            stop(f"--{name.replace('_', '-')} {getattr(cfg, name)}: want at least {least}")
     try:
-        for name, least in (("batch_size", 1), ("workers", 1), ("references", 0)):
-            if getattr(cfg, name) < least:
-                raise ValueError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: want at least {least}")
         run(cfg)
     except (OSError, ValueError) as error:
-        print(f"fid.py: {error}", file=sys.stderr)
-        sys.exit(2)
+        stop(error)
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -580,7 +580,7 @@ def sampler_options(cfg, source):
         del options[name]
     given = {name: getattr(cfg, name) for name in SAMPLER_FLAGS if getattr(cfg, name) is not None}
     for name, value in given.items():
-        flag = f"--{name.replace('num_steps', 'steps').replace('_', '-')}"
+        flag = flag_of(name)
         if name not in options:
             stop(f"{flag} is no option of {source.module.__name__}.py's samplers")
         if name in source.objective and source.objective[name] != value:
@@ -994,6 +994,11 @@ SAMPLER_FLAGS = {                                                               
 }
 
 
+def flag_of(name):
+    """A setting as a word of the command."""
+    return f"--{name.replace('num_steps', 'steps').replace('_', '-')}"
+
+
 def parse_arguments():
     """The flags, once they make sense."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -1019,8 +1024,7 @@ def parse_arguments():
         how = dict(action="store_true", default=None) if kind is bool else dict(type=kind)
         if name == "cfg_interval":
             how.update(nargs=2, metavar=("LOW", "HIGH"))
-        flags = ("--steps",) if name == "num_steps" else (f"--{name.replace('_', '-')}",)
-        sampler.add_argument(*flags, dest=name, help=text, **how)
+        sampler.add_argument(flag_of(name), dest=name, help=text, **how)
     parser.add_argument("--tasks", nargs="+", default=[], choices=("segmentation", "depth", "features"),
                         help="read these off the generated latents, as arrays and as a picture")
     parser.add_argument("--heads", nargs="+", default=[], help="for --tasks: folders of stage heads or teacher, or "
@@ -1050,13 +1054,17 @@ def parse_arguments():
         stop("--trajectory, --interpolate and --reconstruct are one or the other")
     if teaching and (cfg.tasks or cfg.latents or process()[2] > 1):
         stop("--trajectory and --interpolate want one process, no --tasks and no --latents")
+    for name in ((*SAMPLER_FLAGS, "family", "ckpt", "classes", "decode_batch_size", "seed", "tasks", "heads", "latents")
+                 if cfg.reconstruct else ("split", "image_size", "workers", "metrics")):
+        if getattr(cfg, name) != parser.get_default(name):
+            stop(f"{flag_of(name)} is {'not' if cfg.reconstruct else 'only'} for --reconstruct")
     if not cfg.reconstruct and cfg.num is None:
         cfg.num = 4 if cfg.trajectory else 9 if cfg.interpolate else 100
     if cfg.num is not None and cfg.num < (2 if cfg.interpolate else 1):
         stop(f"--num {cfg.num}: want at least {2 if cfg.interpolate else 1}")
     for name in ("batch_size", "decode_batch_size"):
         if getattr(cfg, name) is not None and getattr(cfg, name) < 1:
-            stop(f"--{name.replace('_', '-')} {getattr(cfg, name)}: want at least 1")
+            stop(f"{flag_of(name)} {getattr(cfg, name)}: want at least 1")
     if cfg.seed < 0:
         stop(f"--seed {cfg.seed}: want at least 0")
     if cfg.interpolate and (min(cfg.interpolate) < 0 or len(set(cfg.interpolate)) < 2):

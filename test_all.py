@@ -3307,6 +3307,7 @@ def test_missing_and_foreign_inputs_are_refused(whole, tmp_path):
                                               whole / "plain" / "samples.npz")
     words = ["sample.py", "--run", whole / "plain", "--out", tmp_path / "x.npz", "--num"]
     assert "at least 1" in refused(*words, 0)
+    assert "--metrics is only for --reconstruct" in refused(*words, 2, "--metrics", "psnr")
     assert "sampler 'ddpm' is not known: choose euler" in refused(*words, 2, "--sampler", "ddpm")
     assert "stage align" in refused(*words, 2, "--tasks", "features")
     assert not (tmp_path / "x.npz").exists()
@@ -3328,7 +3329,8 @@ def test_missing_and_foreign_inputs_are_refused(whole, tmp_path):
     (["--vae", "nowhere"], "config.json"), ([], "--vae FOLDER"), (["--run", "x", "--vae", "y"], "no --run"),
     (["--image-size", 33], "multiple of 4"), (["--image-size", 8], "at least 16"), (["--split", "all"], "splits"),
     (["--num", 0], "at least 1"), (["--metrics", "lpips"], "vgg16-397923af.pth is not in"),
-    (["--metrics", "fid"], "invalid choice")])
+    (["--metrics", "fid"], "invalid choice"), (["--cfg-scale", 2], "--cfg-scale is not for --reconstruct"),
+    (["--classes", 3], "--classes is not for --reconstruct")])
 def test_bad_reconstruct_commands_are_refused(whole, tmp_path, words, says):
     words = words if not words or "--vae" in words else ["--vae", whole / "plain" / "vae", *words]
     words = words if "--metrics" in words else [*words, "--metrics", "psnr"]

@@ -193,6 +193,7 @@ DEFAULTS = {
 def parse_arguments(argv=None):
     """argv -> the settings that it gives, a dict."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = stop                                                          # one line, without the usage
     for field in dataclasses.fields(Config):
         options = {"type": int, "nargs": "+"} if field.type is tuple else {"type": field.type}
         options = {"action": argparse.BooleanOptionalAction} if field.type is bool else options

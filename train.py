@@ -2479,17 +2479,17 @@ def draw_study(cfg, out, results):
                 title = f"{FAMILIES[family][1].__name__}, {guidance}: FD"
                 curves.setdefault(title, {})[name] = [(steps, np.mean(found[steps])) for steps in sorted(found)]
     if curves:
-        save_picture(plot(curves), out / "fd.png")
+        save_picture(plot(curves, (380, 220)), out / "fd.png")
         shown.append("fd.png")
     lengths = sorted({run[3] for run in study_runs(cfg)})
-    for name in arms:
-        for steps in lengths:
+    for steps in lengths:
+        for name in arms:
             run = 0, name, "sit", steps, "no guidance"
             if run in results:
                 with np.load(study_samples(out, *run).with_suffix(".npz")) as archive:
                     images, labels = (torch.from_numpy(archive[key]) for key in ("arr_0", "arr_1"))
                 columns[f"{name}, {steps} steps"], _ = by_class(images.permute(0, 3, 1, 2), labels, 10,
-                                                                10 if len(lengths) == 1 else 4)
+                                                                10 if len(lengths) == 1 else 3)
     if columns:
         save_picture(sheet(columns), out / "samples.png")
         shown.append("samples.png")

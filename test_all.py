@@ -3178,6 +3178,15 @@ def test_the_study_plans_measures_and_reports(whole, tmp_path):
     assert Image.open(tmp_path / "samples.png").width > 250 and not (tmp_path / "fd.png").exists()
 
 
+def test_the_tables_of_the_readme_are_those_of_its_results():
+    lines = (HERE / "assets" / "study.jsonl").read_text().splitlines()
+    results = {tuple(line["run"]): line for line in map(json.loads, lines)}
+    tables = train.study_tables(train.resolve({"stage": "study"}, "study"), results)
+    tables = [line for line in tables if line.startswith(("|", "*"))]
+    assert len(results) == len(lines) and len(tables) > 40
+    assert set(tables) <= set((HERE / "README.md").read_text().splitlines())
+
+
 def test_weights_and_controls_of_the_alignment_do_what_they_say(whole, tmp_path):
     """The log tells the parts of which the align loss is made; shuffled targets are those of other images; one scale
     makes latents of deviation 1 over all channels; and transformers can share latents."""

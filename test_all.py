@@ -3169,6 +3169,14 @@ def test_the_study_plans_measures_and_reports(whole, tmp_path):
     (tmp_path / "results.jsonl").write_text(lines[:-30])                         # a kill within the last line
     assert train.measure_study(cfg, tmp_path).keys() == results.keys()
     assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 4
+    evaluator = tmp_path / "evaluator" / "evaluator.safetensors"
+    weights = safetensors.torch.load_file(evaluator)
+    weights["classifier.bias"] += 1
+    safetensors.torch.save_file(weights, evaluator)                              # another judge: all is due anew
+    assert train.measure_study(cfg, tmp_path).keys() == results.keys()
+    assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 8
+    evaluator.unlink()                                                           # without one, what is known stands
+    assert train.measure_study(cfg, tmp_path).keys() == results.keys()
     train.study_report(cfg, tmp_path, results)
     text = (tmp_path / "report.md").read_text()
     plain, aligned = (results[0, arm, "sit", 6, "no guidance"]["FD"] for arm in ("plain", "aligned"))

@@ -2333,8 +2333,8 @@ def study_sample_figures(judge, path, family, rec_feats):
 
 def measure_study(cfg, out):
     """Append to results.jsonl what is finished and not in it yet, a line an autoencoder and a line a set of samples;
-    returns all lines. A line is made anew when its weights have changed."""
-    path, device = out / "results.jsonl", device_of_process()
+    returns all lines. A line is made anew when its weights have changed, or the evaluator's."""
+    path, device, evaluator = out / "results.jsonl", device_of_process(), out / "evaluator" / PRODUCTS["evaluator"]
     text = path.read_text() if path.is_file() else ""
     lines = [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
     if not text.endswith("\n"):                                                  # killed within a line, or not begun
@@ -2345,14 +2345,15 @@ def measure_study(cfg, out):
     for run in study_runs(cfg):
         seed, name, *_ = run
         samples = study_samples(out, *run).with_suffix(".npz")
-        if samples.is_file():
+        if samples.is_file() and evaluator.is_file():
             found.setdefault((seed, name), []).append((run, samples))
     with progress(sum(map(len, found.values())), "measure", "set") as bar, open(path, "a") as file:
         for (seed, name), sets in found.items():
             arm, stage = study_arm(out, seed, name), AUTOENCODERS[name][0]
-            sets = [(run, samples, {key: read_json(samples.with_suffix(".json"))[key]
-                                    for key in ("transformer", "autoencoder")}) for run, samples in sets]
-            own = [seed, name], {"autoencoder": checksum(arm / stage)}
+            judged = {"evaluator": checksum(evaluator)}
+            sets = [(run, samples, judged | {key: read_json(samples.with_suffix(".json"))[key]
+                                             for key in ("transformer", "autoencoder")}) for run, samples in sets]
+            own = [seed, name], judged | {"autoencoder": checksum(arm / stage)}
             todo = [row for row in sets if json.dumps([list(row[0]), row[2]]) not in known]
             if not todo and json.dumps(list(own)) in known:
                 bar.update(len(sets))

@@ -676,7 +676,8 @@ def draw_features(args):
     if teacher.embed_dim != heads.config["embed_dim"]:
         sample.stop(f"{args.vae[0]} has heads for features of width {heads.config['embed_dim']}, and the teacher's are "
                     f"{teacher.embed_dim} wide: give --teacher the one it was trained with")
-    images = torch.stack([torch.from_numpy(train.read_image(path, size)) for path in args.input]).permute(0, 3, 1, 2)
+    images = [torch.from_numpy(train.center_crop(train.open_image(path), size)) for path in args.input]
+    images = torch.stack(images).permute(0, 3, 1, 2)                             # (N, 3, H, W) uint8
     x = sample.to_float(images, "cpu")
     z = vae.encode(x).latent_dist.mode()
     patch, _ = teacher_tokens(teacher, x, settings["teacher_size"])
@@ -753,6 +754,8 @@ def main(argv=None):
         {"features": draw_features, "embedding": draw_embedding}[args.picture](args)
     except (train.DataError, ValueError, OSError) as error:
         sample.stop(error)
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
     print(f"{args.out} is ready")
 
 

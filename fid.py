@@ -872,6 +872,8 @@ def main():
         run(cfg)
     except (OSError, ValueError) as error:
         stop(error)
+    except KeyboardInterrupt:
+        sys.exit(130)
     if dist.is_initialized():
         dist.destroy_process_group()
 

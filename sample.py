@@ -1099,6 +1099,8 @@ def main():
             sample_run(cfg, device)
     except OSError as error:
         stop(f"{error.filename or cfg.out}: {error.strerror}: mend that, and the same command goes on from here")
+    except KeyboardInterrupt:
+        sys.exit(130)
     if process()[2] > 1:
         dist.destroy_process_group()
 

@@ -2301,15 +2301,17 @@ def command(*words, check=True, processes=1, fresh=False, **env):
     else:
         done = SimpleNamespace(returncode=0)
         urllib.request.install_opener(None)                                      # so that proxies are read anew
-        before = signal.getsignal(signal.SIGTERM), torch.get_default_dtype()
+        before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+        dtype = torch.get_default_dtype()
         with (mock.patch.dict(os.environ, env), mock.patch.object(sys, "argv", words), contextlib.chdir(HERE),
               contextlib.redirect_stdout(out), contextlib.redirect_stderr(err)):
             try:
                 MAIN[words[0]]()
             except SystemExit as ended:
                 done.returncode = ended.code
-        signal.signal(signal.SIGTERM, before[0])
-        torch.set_default_dtype(before[1])
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        torch.set_default_dtype(dtype)
         urllib.request.install_opener(None)
         done.stdout, done.stderr = out.getvalue(), err.getvalue()
     assert not check or done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
@@ -2403,25 +2405,28 @@ def same_end(a, b, stage="sit"):
 
 
 def test_a_stopped_stage_ends_like_one_that_ran_through(whole, tmp_path):
-    """Killed between checkpoints; asked to stop, between two lines of the log; its last checkpoint cut off."""
+    """Killed between checkpoints; asked to stop, between two lines of the log, also by Ctrl-C while workers load the
+    images; its last checkpoint cut off."""
     through, stopped = (copy_of(whole, tmp_path / name, "vae", "latents") for name in "ab")
     stage = ["--stage", "sit", "--scenes", "240", "--batch-size", "8", "--steps", "120", "--log-every", "5",
              "--save-every", "10", "--vae", str(whole / "plain" / "vae")]
     command("train.py", "--out", through, *stage)
     folder, env = stopped / "sit", {**os.environ, "OMP_NUM_THREADS": "1"}
     words = [sys.executable, "train.py", "--out", str(stopped), *stage]
-    for kind, lines in ((signal.SIGKILL, 5), ("saving", 9), (signal.SIGTERM, 13), (signal.SIGTERM, 16)):
-        child = subprocess.Popen(words, cwd=HERE, env=env, stderr=subprocess.PIPE, text=True)
+    for kind, lines in ((signal.SIGKILL, 5), ("saving", 9), (signal.SIGTERM, 13), (signal.SIGINT, 16)):
+        more = ["--workers", "1"] if kind == signal.SIGINT else []
+        child = subprocess.Popen([*words, *more], cwd=HERE, env=env, stderr=subprocess.PIPE, text=True,
+                                 start_new_session=True)
         until_it_has_logged(child, folder / "log.jsonl", lines)                  # past a checkpoint, before the end
         if kind == "saving":
             kind = signal.SIGKILL
             while not list(folder.glob(".checkpoint.pt.*")):
                 assert child.poll() is None, "it was not seen saving"
-        child.send_signal(kind)
+        os.killpg(child.pid, kind) if kind == signal.SIGINT else child.send_signal(kind)    # as a terminal does
         errors = child.communicate()[1]
-        assert child.returncode == (-signal.SIGKILL if kind == signal.SIGKILL else 143), errors[-2000:]
+        assert child.returncode == (-kind if kind == signal.SIGKILL else 128 + kind), errors[-2000:]
         assert not (folder / "ema.safetensors").exists() and "Traceback" not in errors
-        if kind == signal.SIGTERM:                                               # nothing after the checkpoint was done
+        if kind != signal.SIGKILL:                                               # nothing after the checkpoint was done
             step = torch.load(folder / "checkpoint.pt", weights_only=True)["step"]
             assert max(line["step"] for line in log_without_rates(folder)) <= step < 120
     checkpoint = (folder / "checkpoint.pt").read_bytes()
@@ -2639,6 +2644,26 @@ def test_torchrun_starts_again_what_one_process_lost(whole, tmp_path):
         same_end(through, stopped)
 
 
+def test_a_stage_goes_on_with_more_and_with_fewer_processes(whole, tmp_path):
+    """What one process saved goes on as two, also between two lines of the log, and the other way round."""
+    words = ["--stage", "sit", *SMALL, "--steps", 6, "--log-every", 2, "--save-every", 2, "--vae",
+             whole / "plain" / "vae"]
+    out = copy_of(whole, tmp_path, "vae", "latents")
+    command("train.py", "--out", out, *words)
+    folder, log = out / "sit", log_without_rates(out / "sit")
+    for saved, processes in ((1, 2), (2, 1)):
+        state = torch.load(folder / "previous.pt", weights_only=True)
+        scalars = {"loss": torch.tensor(1.0), "gradient": torch.tensor(1.0)}
+        state["pending"] = [[(state["step"], scalars)]] * saved
+        torch.save(state, folder / "checkpoint.pt")
+        (folder / "ema.safetensors").unlink()
+        command("train.py", "--out", out, *words, processes=processes)
+        again = log_without_rates(folder)
+        assert again[:2] == log[:2] and again[2]["step"] == 6
+        mixed = (saved + 2 * processes * log[2]["loss"]) / (saved + 2 * processes)
+        assert again[2]["loss"] == pytest.approx(mixed, rel=1e-4)                # a step before the stop, two after it
+
+
 def test_a_full_disk_leaves_the_checkpoint_before(whole, tmp_path):
     out = copy_of(whole, tmp_path / "a", "vae", "latents")
     stage = ["--stage", "sit", "--scenes", "240", "--batch-size", "8", "--steps", "20", "--log-every", "5",
@@ -2669,7 +2694,7 @@ GAN = ["--perceptual-weight", 1, "--disc-weight", 0.5, "--disc-start", 1]
 
 
 @pytest.mark.parametrize("stage, options", [
-    ("vae", GAN), ("align", [*GAN[2:], "--align-adaptive"]), ("sit", []), ("dit", [])])
+    ("vae", GAN), ("align", [*GAN[2:], "--align-adaptive"]), ("sit", []), ("dit", []), ("evaluator", [])])
 def test_two_processes_train_like_one(whole, tmp_path, lpips_cache, stage, options):
     """In float64: all networks and optimisers agree to rounding, with the discriminator's batch norm and the adaptive
     weights of both losses. Two nodes with a process each are two processes, too."""
@@ -2684,7 +2709,8 @@ def test_two_processes_train_like_one(whole, tmp_path, lpips_cache, stage, optio
             continue
         out = copy_of(whole, tmp_path / name, "vae", "latents") if stage in ("sit", "dit") else tmp_path / name
         words = ["--stage", stage, "--out", out, *SMALL, "--steps", 3, "--lr", 1e-3, "--warmup", 0, *options]
-        words += {"align": ["--teacher", whole / "teacher"], "vae": []}.get(stage, ["--vae", whole / "plain" / "vae"])
+        words += {"align": ["--teacher", whole / "teacher"], "sit": ["--vae", whole / "plain" / "vae"],
+                  "dit": ["--vae", whole / "plain" / "vae"]}.get(stage, [])
         env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE), "REALS_CACHE": str(lpips_cache)}
         with both_cores():
             children = [subprocess.Popen([sys.executable, *launch, str(script), *map(str, words)], env=env, text=True,
@@ -2804,9 +2830,26 @@ def test_a_published_teacher_and_heads_of_ones_own(whole, tmp_path, vits):
     Image.new("RGB", (40, 40)).save(data / "masks" / "03.png")
     assert "has colours" in refused("train.py", "--stage", "heads", "--data", data, "--out", tmp_path / "x", *words,
                                     REALS_CACHE=str(cache))
+    Image.new("L", (40, 20)).save(data / "masks" / "03.png")
+    assert "upright, 40 x 40: want the same shape" in refused("train.py", "--stage", "heads", "--data", data, "--out",
+                                                              tmp_path / "x", *words, REALS_CACHE=str(cache))
     Image.fromarray(np.full((40, 40), 77, np.uint8)).save(data / "masks" / "03.png")
     assert "has class 77" in refused("train.py", "--stage", "heads", "--data", data, "--out", tmp_path / "x", *words,
                                      REALS_CACHE=str(cache))
+
+
+def test_what_is_unknown_does_not_count():
+    """Masks of 255 and depth of 0 are nowhere in the losses of the heads; a batch of them alone is a loss of 0."""
+    g = torch.Generator().manual_seed(0)
+    logits, depth = torch.randn(2, 5, 4, 4, generator=g), torch.rand(2, 4, 4, generator=g) + 1
+    masks, metres = torch.full((2, 4, 4), 255), torch.zeros(2, 4, 4)
+    loss, parts = train.dense_loss(logits, depth, masks, metres)
+    assert loss == 0 and set(parts) == {"segment_loss", "depth_loss"}
+    masks[0, 1, 2], metres[1, 3, 0] = 3, 2.0
+    loss, parts = train.dense_loss(logits, depth, masks, metres)
+    assert parts["segment_loss"].item() == pytest.approx(-logits[0, :, 1, 2].log_softmax(0)[3].item(), rel=1e-5)
+    assert parts["depth_loss"].item() == pytest.approx((depth[1, 3, 0] / 2).log().square().item(), rel=1e-5)
+    assert loss.item() == pytest.approx((parts["segment_loss"] + 5 * parts["depth_loss"]).item(), rel=1e-6)
 
 
 def test_embeddings_are_drawn(whole, tmp_path):
@@ -3181,7 +3224,7 @@ def test_the_study_plans_measures_and_reports(whole, tmp_path):
     text = (tmp_path / "report.md").read_text()
     plain, aligned = (results[0, arm, "sit", 6, "no guidance"]["FD"] for arm in ("plain", "aligned"))
     assert f"| SiT | 6 | no guidance | {plain:.2f} | {aligned:.2f} | {100 * (aligned / plain - 1):.0f} % |" in text
-    assert "2 of the 125 sets are there" in text and "| DiT |" not in text and "guidance 1.5 |" not in text
+    assert "2 of the 126 sets are there" in text and "| DiT |" not in text and "guidance 1.5 |" not in text
     assert "| 20 samples of SiT, no guidance | 1.5 (1.5 to 1.5) | 1.5 (1.5 to 1.5) | +0 % |" in text
     assert Image.open(tmp_path / "samples.png").width > 250 and not (tmp_path / "fd.png").exists()
 
@@ -3302,6 +3345,9 @@ def test_an_image_that_a_worker_cannot_read_is_one_line_too(tmp_path):
     (["--stage", "vae", "--scenes", "2"], "want at least 20"),
     (["--stage", "vae", "--precision", "fp16"], "invalid choice"),
     (["--stage", "vae", "--accumulate", "3"], "does not divide by 1 and --accumulate 3"),
+    (["--stage", "study", "--kl-weight", "1e-5"], "--kl-weight is what the study varies"),
+    (["--stage", "study", "--no-labels"], "--labels is what the study varies"),
+    (["--stage", "study", "--steps", "1"], "half as long"), (["--stage", "study", "--log-every", "7"], "multiple of"),
     (["--stage", "vae", "--perceptual-weight", "1"], "vgg16-397923af.pth is not in")])
 def test_bad_commands_are_refused(tmp_path, words, says):
     line = refused("train.py", "--out", tmp_path / "run", "--scenes", 20, *words, REALS_CACHE=str(tmp_path),
@@ -3340,6 +3386,26 @@ def test_missing_and_foreign_inputs_are_refused(whole, tmp_path):
                                                           "--teacher-size", 30)
     assert "config.json not found" in refused("train.py", *words, "--teacher", whole / "teacher", "--init", tmp_path)
     assert "published name" in refused("train.py", *words, "--teacher", "dinov2_vitx14")
+    assert "two at once" in refused("train.py", *words, "--teacher", whole / "teacher", "--shuffle-targets",
+                                    "--accumulate", 8)
+    assert "one process" in refused("train.py", "--stage", "report", "--out", whole, RANK="0", WORLD_SIZE="2")
+    data = write_images(tmp_path / "images", count=20)
+    assert "scenes alone" in refused("train.py", "--stage", "teacher", "--no-labels", "--data", data, "--out",
+                                     tmp_path / "f", *SMALL)
+
+
+def test_a_teacher_that_has_changed_is_another_teacher(whole, tmp_path):
+    """Stage align does not go on with it, nor count as done; and a teacher without labels knows depth alone."""
+    words = [*SMALL, "--steps", 2, "--held-out", 8, "--out", tmp_path]
+    command("train.py", "--stage", "teacher", "--no-labels", *words)
+    heads = json.loads((tmp_path / "teacher" / "heads.json").read_text())
+    assert heads["segmentation"] is None and heads["depth"]["max_depth"] == train.FAR
+    assert log_without_rates(tmp_path / "teacher")[-1].keys() >= {"depth_loss"}
+    command("train.py", "--stage", "align", *words)
+    shutil.rmtree(tmp_path / "teacher")
+    command("train.py", "--stage", "teacher", *words)
+    assert {"class_loss", "segment_loss", "depth_loss"} <= log_without_rates(tmp_path / "teacher")[-1].keys()
+    assert "teacher_weights" in refused("train.py", "--stage", "align", *words)
 
 
 @pytest.mark.parametrize("words, says", [

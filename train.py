@@ -109,6 +109,7 @@ class Config:
     preset: str = flag(None, "with --stage: settings for ImageNet at 256 px, of one of the paper's rows or in general; "
                        "flags that are given too stand above it", tuple(PRESETS))
     image_size: int = flag(32, "pixels a side")
+    labels: bool = flag(True, "teacher: learn classes and masks; without them depth alone, as a control")
     scenes: int = flag(20000, "built-in scenes to train on; a tenth as many are held out")
     workers: int = flag(0, "processes that load images, for every training process")
     max_bad: int = flag(0, "images that cannot be read, to pass over: the next one stands in; one more stops the run")
@@ -460,10 +461,10 @@ def read_rgb(file):
         return image.convert("RGB")
 
 
-def read_image(path, size):
-    """One image file -> (size, size, 3) uint8. Raises DataError where it cannot be read."""
+def open_image(path):
+    """read_rgb of a file; raises DataError where it cannot be read."""
     try:
-        return center_crop(read_rgb(path), size)
+        return read_rgb(path)
     except (OSError, ValueError, Image.DecompressionBombError) as error:
         raise DataError(f"{path} cannot be read ({error}): mend or remove it") from None
 
@@ -608,10 +609,15 @@ def as_it_is(batch):
     return batch
 
 
+def ignore_interrupts(worker):
+    """Ctrl-C comes to the workers too; it is for the process that they work for."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 def load_batches(data, sampler, workers):
     """Iterate over batches of a data set; a sampler yields lists of (index, flip)."""
     return iter(DataLoader(data, batch_sampler=sampler, num_workers=workers, collate_fn=as_it_is,
-                           pin_memory=torch.cuda.is_available()))
+                           worker_init_fn=ignore_interrupts, pin_memory=torch.cuda.is_available()))
 
 
 def all_batches(data, size, indices=None):
@@ -801,8 +807,8 @@ class Plan:
 
 class Run:
     """A training run in a folder: resumes from its last good checkpoint, sets the learning rate, takes the optimisers'
-    steps and writes the log. SIGTERM lets it finish the step, save and exit with status 143; the same command goes on
-    from there. With --dry-run it ends before it begins.
+    steps and writes the log. SIGTERM and Ctrl-C let it finish the step, save and exit with status 143 or 130; the same
+    command goes on from there. With --dry-run it ends before it begins.
 
         run = Run(cfg, folder, settings, plan, net=net, opt=opt)    modules and optimisers that a checkpoint holds
         for step, batch in run.steps(data):
@@ -819,13 +825,14 @@ class Run:
         self.cfg, self.folder, self.parts, self.plan, self.step = cfg, folder, parts, plan, 0
         self.scalars = {}                                                        # of this step: name -> [values]
         self.pending = []                                            # since the last line: (step, {name: value})
-        self.nonfinite, self.terminated, self.paused, self.last = 0, False, 0.0, {}
+        self.nonfinite, self.signal, self.paused, self.last = 0, 0, 0.0, {}
         # signals do not come to all processes at the same step; a group on the CPU lets them agree without the GPU
         self.group = dist.new_group(backend="gloo") if process()[2] > 1 else None
         state = self.last_checkpoint()
         if state:
             self.step, self.nonfinite = state["step"], state["nonfinite"]
-            self.pending = state["pending"][process()[0]]
+            rank, _, world = process()
+            self.pending = sum(state["pending"][rank::world], [])                # saved by any number of processes
             for name, part in parts.items():
                 part.load_state_dict(state[name])
         if process()[0] == 0:                                                    # lines after the checkpoint come again
@@ -865,7 +872,8 @@ class Run:
         cfg = self.cfg
         batches = load_batches(data, StepSampler(data, cfg, self.step, cfg.steps), cfg.workers)
         optimisers = [part for part in self.parts.values() if isinstance(part, torch.optim.Optimizer)]
-        before = signal.signal(signal.SIGTERM, lambda *_: setattr(self, "terminated", True))
+        before = {number: signal.signal(number, lambda number, _: setattr(self, "signal", number))
+                  for number in (signal.SIGTERM, signal.SIGINT)}
         with progress(cfg.steps, f"{cfg.stage} {cfg.out}", "step", self.step) as bar:
             since, first, waited, self.paused = time.perf_counter(), self.step, 0.0, 0.0
             while self.step < cfg.steps:
@@ -890,10 +898,11 @@ class Run:
                 if self.step % cfg.save_every == 0 or end or stopping:
                     self.save()
                 if stopping:
-                    sys.exit(143)
+                    sys.exit(128 + stopping)
                 if not self.pending:
                     since, first, waited, self.paused = time.perf_counter(), self.step, 0.0, 0.0
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
     @contextlib.contextmanager
     def pause(self):
@@ -903,12 +912,12 @@ class Run:
         self.paused += time.perf_counter() - start
 
     def asked_to_stop(self):
-        """Whether SIGTERM has come to any of the processes."""
+        """The number of the signal to stop that has come to any of the processes, or 0."""
         if self.group is None:
-            return self.terminated
-        terminated = torch.tensor(float(self.terminated))
-        dist.all_reduce(terminated, dist.ReduceOp.MAX, group=self.group)
-        return terminated.item() > 0
+            return self.signal
+        number = torch.tensor(self.signal)
+        dist.all_reduce(number, dist.ReduceOp.MAX, group=self.group)
+        return number.item()
 
     def log(self, **scalars):
         """Add scalars to the step's averages. Tensors stay on the device: no synchronisation here."""
@@ -1084,15 +1093,18 @@ class TaskHeads(nn.Module):
                 enlarged(self.depth(features, cls))[:, 0] if self.depth else None)
 
 
-def dense_loss(logits, depth, masks, metres):
-    """Cross entropy of segments and 5 times the squared log error of depth, where they are known; and both parts."""
+def dense_loss(logits, depth, masks=None, metres=None):
+    """Cross entropy of segments and 5 times the squared log error of depth, where they are known, by the known pixels
+    of all processes; and both parts. Nothing of outputs that are None."""
+    def mean(errors, known):
+        return (errors * known).sum() / vae.mean_over_processes(known.sum().float()).clamp(min=1)
+
     loss, parts = 0, {}
     if logits is not None:
-        parts["segment_loss"] = F.cross_entropy(logits, masks.long(), ignore_index=255)
+        parts["segment_loss"] = mean(F.cross_entropy(logits, masks.long(), ignore_index=255, reduction="none"),
+                                     masks != 255)
     if depth is not None:
-        known = metres > 0
-        squares = (depth.log() - metres.clamp(min=1e-3).log()).square()
-        parts["depth_loss"] = (squares * known).sum() / known.sum().clamp(min=1)
+        parts["depth_loss"] = mean((depth.log() - metres.clamp(min=1e-3).log()).square(), metres > 0)
         loss = 5 * parts["depth_loss"]
     return loss + parts.get("segment_loss", 0), {name: value.detach() for name, value in parts.items()}
 
@@ -1109,24 +1121,26 @@ def save_task_heads(heads, config, classes, folder):
 # Stages teacher and evaluator: two classifiers that share nothing; what is aligned to one is judged by the other
 
 class Teacher(nn.Module):
-    """A small DINOv2 and its heads: class from class token and mean patch; segments and depth from patch tokens."""
+    """A small DINOv2 and its heads: class from class token and mean patch; where scenes tell them, segments and depth
+    from patch tokens; without labels depth alone."""
 
-    def __init__(self, image_size, num_classes, dense, embed_dim=96, depth=3, num_heads=4, patch_size=4):
+    def __init__(self, image_size, num_classes, dense, labels, embed_dim=96, depth=3, num_heads=4, patch_size=4):
         super().__init__()
         self.config = dict(embed_dim=embed_dim, depth=depth, num_heads=num_heads, patch_size=patch_size,
                            img_size=image_size)
         self.dinov2 = align.DINOv2(**self.config)
-        self.classifier = align.ClassificationHead(embed_dim, num_classes)
-        self.head_config = dict(segmentation=dict(embed_dim=embed_dim, num_classes=len(SEGMENTS)),
+        self.classifier = align.ClassificationHead(embed_dim, num_classes) if labels else None
+        self.head_config = dict(segmentation=dict(embed_dim=embed_dim, num_classes=len(SEGMENTS)) if labels else None,
                                 depth=dict(embed_dim=embed_dim, min_depth=NEAR, max_depth=FAR, num_bins=32))
         self.heads = TaskHeads(self.head_config) if dense else None
 
     def forward(self, x):
-        """x (N, 3, H, W) in [-1, 1] -> class logits, segment logits (N, S, H, W), depth (N, H, W), or None for both."""
+        """x (N, 3, H, W) in [-1, 1] -> class logits, segment logits (N, S, H, W), depth (N, H, W); None for a head that
+        is not there."""
         size = x.shape[-1]
         out = self.dinov2.forward_features(align.teacher_input(x, size))
         cls, patches = out["x_norm_clstoken"], out["x_norm_patchtokens"]
-        logits = self.classifier(patches, cls)
+        logits = self.classifier(patches, cls) if self.classifier else None
         if self.heads is None:
             return logits, None, None
         grid = size // self.dinov2.patch_size
@@ -1142,7 +1156,7 @@ class Evaluator(nn.Module):
         layers, channels = [], 3
         for i, (out, stride) in enumerate(((1, 1), (1, 2), (2, 1), (2, 2), (4, 1), (4, 2))):
             layers += [nn.Conv2d(channels, out * width, 3, stride=stride, padding=1, bias=False),
-                       nn.BatchNorm2d(out * width), nn.ReLU()]
+                       vae.BatchNorm2d(out * width), nn.ReLU()]
             channels = out * width
         self.features, self.classifier = nn.Sequential(*layers), nn.Linear(channels, num_classes)
 
@@ -1166,7 +1180,7 @@ def train_classifier(cfg):
     """Stages teacher and evaluator. The evaluator has another seed, so other batches, and degraded images."""
     if cfg.stage == "evaluator":
         cfg = dataclasses.replace(cfg, seed=cfg.seed + 1000)
-    folder, settings = claim_folder(cfg, *OPTIMISER)
+    folder, settings = claim_folder(cfg, *OPTIMISER, *(("labels",) if cfg.stage == "teacher" else ()))
     weights = "dinov2.safetensors" if cfg.stage == "teacher" else "evaluator.safetensors"
     if finished(folder):
         return
@@ -1175,7 +1189,9 @@ def train_classifier(cfg):
     if cfg.stage == "teacher":
         if cfg.image_size % 4:
             stop(f"--image-size {cfg.image_size} does not divide into the teacher's patches of 4 x 4")
-        net = Teacher(cfg.image_size, len(data.classes), dense=cfg.data == "scenes").to(device)
+        if not cfg.labels and cfg.data != "scenes":
+            stop(f"--no-labels leaves nothing to learn of --data {cfg.data}: scenes alone have depth")
+        net = Teacher(cfg.image_size, len(data.classes), cfg.data == "scenes", cfg.labels).to(device)
     else:
         net = Evaluator(len(data.classes)).to(device)
     model = DDP(net) if process()[2] > 1 else net
@@ -1193,19 +1209,17 @@ def train_classifier(cfg):
         x, labels, rng = to_float(images, device), labels.to(device, non_blocking=True), Draws(cfg, step, device)
         if cfg.stage == "teacher":
             logits, segments, depth = model(x)
-            loss = F.cross_entropy(logits, labels)
-            parts = {"class_loss": loss.detach()}
-            if dense:
-                more, dense_parts = dense_loss(segments, depth, *(p.to(device, non_blocking=True) for p in dense))
-                loss = loss + more
-                parts.update(dense_parts)
         else:
-            _, logits, _ = model(degrade(x, rng))
-            loss = F.cross_entropy(logits, labels)
-            parts = {"class_loss": loss.detach()}
+            (_, logits, _), segments, depth = model(degrade(x, rng)), None, None
+        loss, parts = dense_loss(segments, depth, *(p.to(device, non_blocking=True) for p in dense))
+        if logits is not None:
+            class_loss = F.cross_entropy(logits, labels)
+            loss = loss + class_loss
+            accuracy = (logits.argmax(1) == labels).float().mean()
+            parts = {"class_loss": class_loss.detach(), "accuracy": accuracy, **parts}
         opt.zero_grad()
         loss.backward()
-        run.log(**parts, accuracy=(logits.argmax(1) == labels).float().mean())
+        run.log(**parts)
         run.optimise(opt)
     if process()[0] == 0:
         if cfg.stage == "teacher":
@@ -1230,6 +1244,11 @@ def teacher_on_meta(name):
         config = read_json(folder / "config.json")
     with torch.device("meta"):
         return align.DINOv2(**config).to("meta")
+
+
+def checksum_of_teacher(name):
+    """sha256 of the weights of a teacher in a folder; None for a published one, which does not change."""
+    return None if name in align.DINOV2 else checksum(Path(name) / "dinov2.safetensors")
 
 
 def load_teacher(name):
@@ -1283,11 +1302,14 @@ class DenseFolder:
     def __len__(self):
         return len(self.files)
 
-    def plane(self, kind, file):
-        """One mask or depth map (size, size) as int64, cut like its image."""
+    def plane(self, kind, file, width, height):
+        """One mask or depth map (size, size) as int64, cut like its image, which is width x height."""
         path = self.path / kind / f"{file.stem}.png"
         try:
             image = Image.open(path)
+            if abs(math.log(image.width / image.height * height / width)) > 0.02:
+                raise DataError(f"{path} is {image.width} x {image.height} and its image, upright, {width} x {height}: "
+                                "want the same shape")
             scale = self.size / min(image.size)
             image = image.resize((round(image.width * scale), round(image.height * scale)), Image.NEAREST)
         except OSError as error:
@@ -1305,9 +1327,10 @@ class DenseFolder:
         blank = np.zeros((self.size, self.size), dtype=np.int64)
         for index, _ in keys:
             file = self.files[index]
-            images.append(read_image(file, self.size))
-            masks.append(self.plane("masks", file) if self.has["masks"] else blank + 255)
-            depths.append(self.plane("depth", file) if self.has["depth"] else blank)
+            image = open_image(file)
+            images.append(center_crop(image, self.size))
+            masks.append(self.plane("masks", file, *image.size) if self.has["masks"] else blank + 255)
+            depths.append(self.plane("depth", file, *image.size) if self.has["depth"] else blank)
             wrong = set(np.unique(masks[-1])) - {*range(len(self.classes)), 255}
             if wrong:
                 raise DataError(f"{self.path}: the mask of {file.name} has class {max(wrong)}, and classes.txt has "
@@ -1320,7 +1343,8 @@ class DenseFolder:
 def train_heads(cfg):
     """Stage heads."""
     (cfg, teacher_shape), device = with_teacher(cfg), device_of_process()
-    folder, settings = claim_folder(cfg, *OPTIMISER, "teacher", "teacher_size")
+    folder, settings = claim_folder(cfg, *OPTIMISER, "teacher", "teacher_size",
+                                    teacher_weights=checksum_of_teacher(cfg.teacher))
     if finished(folder):
         return
     scenes, size, width = cfg.data == "scenes", cfg.image_size, teacher_shape.embed_dim
@@ -1441,13 +1465,17 @@ def train_autoencoder(cfg):
     names = OPTIMISER + FORWARD + AUTOENCODER + (
         "init", "gradient_checkpointing", "pixel_loss", "kl_weight", "perceptual_weight", "disc_weight", "disc_start",
         "latent_scale")
+    facts = {"init_weights": checksum(Path(cfg.init))} if cfg.init else {}
     if aligned:
         cfg, teacher_shape = with_teacher(cfg)
         side = cfg.teacher_size // teacher_shape.patch_size                      # tokens, a side
         cfg = dataclasses.replace(cfg, fold=cfg.fold or max(1, grid // side))
         names += ("teacher", "teacher_size", "align_weight", "align_adaptive", "align_form", "patch_weight",
                   "cls_weight", "shuffle_targets", "align_hidden", "fold", "pool", "target", "standardize")
-    folder, settings = claim_folder(cfg, *names)
+        facts["teacher_weights"] = checksum_of_teacher(cfg.teacher)
+        if cfg.shuffle_targets and cfg.batch_size // process()[2] // cfg.accumulate == 1:
+            stop("--shuffle-targets takes the tokens of another image of the batch: give every process two at once")
+    folder, settings = claim_folder(cfg, *names, **facts)
     if finished(folder):
         return
     data, held_out = open_data(cfg, "train"), open_data(cfg, "test")
@@ -2175,7 +2203,8 @@ def run_jobs(jobs, out):
             done.add(name)
     if done:
         print(f"{len(done)} of {len(jobs)} jobs are done already")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))                      # so that `finally` comes to pass
+    for number in (signal.SIGTERM, signal.SIGINT):                               # so that `finally` comes to pass
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
     try:
         while len(done) < len(jobs):
             for name, (command, before, _) in jobs.items():
@@ -2211,7 +2240,7 @@ AUTOENCODERS = {                                                                
     "plain": ("vae", []),
     "aligned": ("align", []),
     # controls: what does as well as the teacher would refute the claim
-    "random teacher": ("align", []),                                             # see study_jobs
+    "random teacher": ("align", []),                                             # of another teacher: see study_jobs
     "shuffled targets": ("align", ["--shuffle-targets"]),
     "plain, KL x 2": ("vae", ["--kl-weight", 2e-6]),
     "plain, KL x 4": ("vae", ["--kl-weight", 4e-6]),
@@ -2229,8 +2258,10 @@ AUTOENCODERS = {                                                                
     "targets not standardised": ("align", ["--no-standardize"]),
     "plain, one scale": ("vae", ["--latent-scale", "one"]),
     "aligned, one scale": ("align", ["--latent-scale", "one"]),
+    # added after the first results: teacher and evaluator have seen the same labels; this teacher sees depth alone
+    "teacher without labels": ("align", []),                                     # of another teacher too
 }
-CONTROLS = ("random teacher", "shuffled targets", "plain, KL x 2", "plain, KL x 4")
+CONTROLS = ("random teacher", "shuffled targets", "plain, KL x 2", "plain, KL x 4", "teacher without labels")
 
 
 def study_runs(cfg):
@@ -2259,12 +2290,14 @@ def study_jobs(cfg, given, out):
     """Everything that is trained and sampled, as run_jobs takes it."""
     flags = as_flags({name: value for name, value in given.items() if name not in ("stage", "out", "steps", "seed")})
     jobs = {"teacher": stage_job("teacher", out, flags), "evaluator": stage_job("evaluator", out, flags),
-            "random/teacher": stage_job("teacher", out / "random", [*flags, "--steps", 1, "--lr", 0])}
+            "random/teacher": stage_job("teacher", out / "random", [*flags, "--steps", 1, "--lr", 0]),
+            "no-labels/teacher": stage_job("teacher", out / "no-labels", [*flags, "--no-labels"])}
+    teachers = {"random teacher": "random/teacher", "teacher without labels": "no-labels/teacher"}
     for seed, name, family, steps, guidance in study_runs(cfg):
         arm, (stage, extra) = study_arm(out, seed, name), AUTOENCODERS[name]
         key, extra = str(arm.relative_to(out)), [*extra, "--seed", seed, *flags]
         if stage == "align":
-            teacher = "random/teacher" if name == "random teacher" else "teacher"
+            teacher = teachers.get(name, "teacher")
             jobs[key] = stage_job(stage, arm, ["--teacher", out / teacher, *extra], teacher)
         else:
             jobs[key] = stage_job(stage, arm, extra)
@@ -2338,7 +2371,8 @@ def measure_study(cfg, out):
     text = path.read_text() if path.is_file() else ""
     lines = [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
     if not text.endswith("\n"):                                                  # killed within a line, or not begun
-        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        with atomic_file(path) as file:
+            file.write("".join(json.dumps(line) + "\n" for line in lines).encode())
     known = {json.dumps([line["run"], line["weights"]]) for line in lines}
     timings = read_timings(out)
     found, judge, config = {}, None, None
@@ -2378,6 +2412,11 @@ def measure_study(cfg, out):
     return {tuple(line["run"]): line for line in lines}                          # the last of a run counts
 
 
+def judge_of(line):
+    """The evaluator behind a line of results.jsonl."""
+    return line["weights"].get("evaluator")
+
+
 def spread(values, digits=2):
     """Mean and standard deviation as text."""
     text = f"{np.mean(values):.{digits}f}"
@@ -2390,7 +2429,7 @@ def main_table(runs, seeds, results):
     for family, steps, guidance in dict.fromkeys(run[2:] for run in runs):
         pairs = [[results.get((seed, name, family, steps, guidance)) for name in ("plain", "aligned")]
                  for seed in seeds]
-        pairs = [pair for pair in pairs if all(pair)]
+        pairs = [pair for pair in pairs if all(pair) and judge_of(pair[0]) == judge_of(pair[1])]
         if not pairs:
             continue
         change = [100 * (aligned["FD"] / plain["FD"] - 1) for plain, aligned in pairs]
@@ -2420,7 +2459,7 @@ def autoencoder_tables(cfg, results):
                "probe": ("linear probe on latents, accuracy", 3), "cosine": ("cosine to the teacher, patches", 3),
                "mIoU": (TASK_FIGURES[0], 3), "depth error": (TASK_FIGURES[1], 3), "dimensions": ("dimensions", 0),
                "FD halfway": ("FD halfway between two latents", 2)}
-    lines = []
+    lines, sampled = [], ("sit", cfg.steps, "no guidance")
     for title, chosen in (("Why", ("plain", "aligned", *CONTROLS)),
                           ("Ablations", [name for name in AUTOENCODERS if name not in CONTROLS])):
         found = {name: results[0, name] for name in chosen if (0, name) in results}
@@ -2430,11 +2469,22 @@ def autoencoder_tables(cfg, results):
                  if all(key in line for line in found.values())}
         rows = []
         for name, line in found.items():
-            samples = results.get((0, name, "sit", cfg.steps, "no guidance"))
+            samples = results.get((0, name, *sampled))
             rows.append([name, *(f"{line[key]:.{digits}f}" for key, digits in shown.values()),
                          f"{samples['FD']:.2f}" if samples else ""])
+        noise = ""
+        for name in ("plain", "aligned"):
+            seeds = [run[0] for run in results if run[1:] == (name,)]
+            samples = [results[seed, name, *sampled]["FD"] for seed in seeds if (seed, name, *sampled) in results]
+            if min(len(seeds), len(samples)) > 1:
+                if title == "Why":
+                    rows.append([f"{name}, seeds {', '.join(map(str, seeds))}", *(
+                        spread([results[seed, name][key] for seed in seeds], digits) for key, digits in shown.values()),
+                        spread(samples)])
+                noise = (f" Between seeds the FD of samples of {name} latents deviates by "
+                         f"{np.std(samples, ddof=1):.2f}.")
         lines += ["", f"## {title}", "", f"Seed 0; samples of SiT after {cfg.steps} steps, no guidance. The MLPs that "
-                  "read cosine, masks and depth off the latents are fitted afterwards, for all alike.", "",
+                  f"read cosine, masks and depth off the latents are fitted afterwards, for all alike.{noise}", "",
                   *table_lines(["", *shown, "FD of samples"], rows)]
         if title == "Why":
             count = max(len(line["rings"]) for line in found.values())
@@ -2503,13 +2553,18 @@ def study_tables(cfg, results):
     seeds, lengths = (sorted({run[i] for run in runs}) for i in (0, 3))
     done = sum(run in results for run in runs)
     text = [f"# Plain and aligned latents: {cfg.data}", "",
-            f"The plan, made before any result: {len(runs)} sets of {cfg.num_samples} samples; seeds "
-            f"{', '.join(map(str, seeds))}, each of its own autoencoders and transformers, with one teacher and one "
-            f"evaluator; steps of the transformer {', '.join(map(str, lengths))}, each with a schedule of its own. All "
-            f"seeds and all lengths stand below. {done} of the {len(runs)} sets are there.", "",
+            f"The plan, made before any result but for its teacher without labels: {len(runs)} sets of "
+            f"{cfg.num_samples} samples; seeds {', '.join(map(str, seeds))}, each of its own autoencoders and "
+            f"transformers, with one teacher and one evaluator; steps of the transformer "
+            f"{', '.join(map(str, lengths))}, each with a schedule of its own. All seeds and all lengths stand below. "
+            f"{done} of the {len(runs)} sets are there.", "",
             "FD is the Frechet distance of the evaluator's features to held-out images, sFD that of its spatial "
             "features; IS, precision and recall are of the evaluator too. They compare within this report only. Where "
-            "there are several seeds: mean ± standard deviation."]
+            "there are several seeds: mean ± standard deviation. Flags of sample.py: for SiT "
+            f"{' '.join(map(str, STUDY_SAMPLER['sit']))}, for DiT {' '.join(map(str, STUDY_SAMPLER['dit']))}."]
+    if (judges := len({judge_of(line) for line in results.values()})) > 1:
+        text += ["", f"{judges} evaluators, each trained on another machine or anew, have judged these sets; plain and "
+                 "aligned of a seed were judged by the same one."]
     if done:
         text += ["", "## Main table", "", *main_table(runs, seeds, results), *autoencoder_tables(cfg, results),
                  *cost_table(cfg, results)]
@@ -2526,6 +2581,14 @@ def study_report(cfg, out, results):
 def study(cfg, given):
     """Stage study: train, sample and measure all of the plan, in parts; after each the report is written anew."""
     check_many(given)
+    varied = {word[2:].replace("-", "_").removeprefix("no_") for _, words in AUTOENCODERS.values() for word in words
+              if str(word).startswith("--")}
+    for name in given.keys() & varied | given.keys() & {"labels", "cfg_scale", "model"}:
+        stop(f"--{name.replace('_', '-')} is what the study varies: give it to one --stage, or leave it out")
+    for name in DEFAULTS:
+        resolve(given, name)                                                     # say now what is wrong with the flags
+    if cfg.steps < 2:
+        stop(f"--steps {cfg.steps}: the study trains half as long too")
     out, runs, dry_run = Path(cfg.out), study_runs(cfg), given.pop("dry_run", False)
     jobs = study_jobs(cfg, given, out)
     if dry_run:
@@ -2549,6 +2612,8 @@ def study(cfg, given):
 
 def run_stage(cfg):
     """One stage, in this process of perhaps several."""
+    if cfg.stage == "report" and process()[2] > 1:
+        stop("--stage report is the work of one process: run it without torchrun")
     if cfg.steps and cfg.batch_size % (process()[2] * cfg.accumulate):
         stop(f"--batch-size {cfg.batch_size} is that of all processes: it does not divide by {process()[2]}"
              + (f" and --accumulate {cfg.accumulate}" if cfg.accumulate > 1 else ""))
@@ -2573,6 +2638,8 @@ def main(argv=None):
             chain(given)
     except DataError as error:
         stop(error)
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -3234,7 +3234,7 @@ def test_the_tables_of_the_readme_are_those_of_its_results():
     results = {tuple(line["run"]): line for line in map(json.loads, lines)}
     tables = train.study_tables(train.resolve({"stage": "study"}, "study"), results)
     tables = [line for line in tables if line.startswith(("|", "*"))]
-    assert len(results) == len(lines) and len(tables) >= 40
+    assert len(tables) >= 60
     assert set(tables) <= set((HERE / "README.md").read_text().splitlines())
 
 

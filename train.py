@@ -2582,8 +2582,8 @@ def study(cfg, given):
     """Stage study: train, sample and measure all of the plan, in parts; after each the report is written anew."""
     check_many(given)
     varied = {word[2:].replace("-", "_").removeprefix("no_") for _, words in AUTOENCODERS.values() for word in words
-              if str(word).startswith("--")}
-    for name in given.keys() & varied | given.keys() & {"labels", "cfg_scale", "model"}:
+              if str(word).startswith("--")} | {"labels", "cfg_scale", "model"}
+    for name in sorted(given.keys() & varied):
         stop(f"--{name.replace('_', '-')} is what the study varies: give it to one --stage, or leave it out")
     for name in DEFAULTS:
         resolve(given, name)                                                     # say now what is wrong with the flags

@@ -484,9 +484,9 @@ def test_gan_losses_equal_official_figures():
 @pytest.mark.filterwarnings("ignore:TF32 acceleration")
 @torch.backends.mkldnn.flags(enabled=False, allow_tf32=False)
 def test_autoencoder_loss_equals_compvis_figures(entry, seed, disc_start, s):
-    """LPIPSWithDiscriminator at step 10, by the equivalence that autoencoder_loss states; s is its log variance. Without
-    oneDNN, whose kernels are other ones on another CPU: in float32 an activation of the discriminator lies so near the
-    kink of its LeakyReLU that they may turn it over, which moves the gradient of the first layer by 5e-3."""
+    """LPIPSWithDiscriminator at step 10, by the equivalence that autoencoder_loss states; s is its log variance.
+    Without oneDNN, whose kernels are other ones on another CPU: in float32 an activation of the discriminator lies so
+    near the kink of its LeakyReLU that they may turn it over, which moves the gradient of the first layer by 5e-3."""
     count, gain = 3 * 64 * 64, math.exp(-s)
     for dtype in (torch.float32, torch.float64):
         x, h, moments = (array(shape, seed + i, *bounds).to(dtype) for i, (shape, bounds) in enumerate(

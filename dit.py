@@ -264,7 +264,8 @@ def guided(model, x, t, y, noise_level, cfg_scale, cfg_interval, cfg_channels):
     if cfg_scale == 1.0 or not low - 1e-6 <= noise_level <= high + 1e-6:         # 1e-6: rounding of times
         return model(x, t, y)
     y_null = torch.full_like(y, model.num_classes)
-    cond, uncond = model(torch.cat([x, x]), torch.cat([t, t]), torch.cat([y, y_null])).chunk(2)
+    out = model(torch.cat([x, x]), torch.cat([t, t]), torch.cat([y, y_null]))
+    cond, uncond = out.to(x.dtype).chunk(2)                                      # a difference in bf16 would be coarse
     k = x.shape[1] if cfg_channels is None else cfg_channels
     return torch.cat([uncond[:, :k] + cfg_scale * (cond[:, :k] - uncond[:, :k]), cond[:, k:]], dim=1)
 

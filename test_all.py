@@ -1557,11 +1557,24 @@ class Counting(nn.Module):
         return torch.where(y == 3, 1.0, 2.0).to(x.dtype).view(-1, 1, 1, 1).expand_as(x).clone()
 
 
+class Bf16(Counting):
+    """The same, as a model under autocast gives it."""
+
+    def forward(self, x, t, y):
+        return super().forward(x, t, y).bfloat16()
+
+
 def test_guidance_moves_away_from_the_unconditional_output():
     x, t, y = torch.zeros(5, 4, 2, 2), torch.zeros(5), torch.zeros(5, dtype=torch.long)
     out = sit.guided(Counting(), x, t, y, 0.5, 4.0, (0.0, 1.0), 3)
     assert (out[:, :3] == 5).all() and (out[:, 3:] == 2).all()                   # 1 + 4 (2 - 1); conditional
     assert (sit.guided(Counting(), x, t, y, 0.5, 4.0, (0.0, 1.0), None) == 5).all()
+
+
+def test_the_outputs_of_a_bf16_model_are_guided_in_float32():
+    x, t, y = torch.zeros(5, 4, 2, 2), torch.zeros(5), torch.zeros(5, dtype=torch.long)
+    out = sit.guided(Bf16(), x, t, y, 0.5, 1.1, (0.0, 1.0), None)
+    assert out.dtype == torch.float32 and out[0, 0, 0, 0].item() == pytest.approx(2.1, abs=1e-6)
 
 
 @pytest.mark.parametrize("module, sampler", [
@@ -3185,7 +3198,7 @@ def test_the_study_plans_measures_and_reports(whole, tmp_path):
     figures of the chain's report; what is missing is not in the tables."""
     done = command("train.py", "--stage", "study", "--dry-run", "--out", tmp_path / "x", *SMALL)
     jobs = done.stdout.splitlines()
-    assert sum("/sample.py " in job for job in jobs) == 2 * 3 * 3 * 2 * 3 + len(train.AUTOENCODERS) - 2
+    assert sum("/sample.py " in job for job in jobs) == 2 * 3 * 3 * 2 * 3 + 2 * 3 * 3 + len(train.AUTOENCODERS) - 2 + 2 * 3
     assert not (tmp_path / "x").exists() and len(jobs) == len(set(jobs))
     given = dict(stage="study", out=str(tmp_path), scenes=240, num_samples=20, steps=6, batch_size=8)
     cfg = train.resolve(given, "study")
@@ -3228,7 +3241,7 @@ def test_the_study_plans_measures_and_reports(whole, tmp_path):
     text = (tmp_path / "report.md").read_text()
     plain, aligned = (results[0, arm, "sit", 6, "no guidance"]["FD"] for arm in ("plain", "aligned"))
     assert f"| SiT | 6 | no guidance | {plain:.2f} | {aligned:.2f} | {100 * (aligned / plain - 1):.0f} % |" in text
-    assert "2 of the 126 sets are there" in text and "| DiT |" not in text and "guidance 1.5 |" not in text
+    assert "2 of the 150 sets are there" in text and "| DiT |" not in text and "guidance 1.5 |" not in text
     assert "| 20 samples of SiT, no guidance | 1.5 (1.5 to 1.5) | 1.5 (1.5 to 1.5) | +0 % |" in text
     assert Image.open(tmp_path / "samples.png").width > 250 and not (tmp_path / "fd.png").exists()
 

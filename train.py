@@ -2469,7 +2469,7 @@ def autoencoder_tables(cfg, results):
     for title, chosen in (("Why", ("plain", "aligned", *CONTROLS)),
                           ("Ablations", [name for name in AUTOENCODERS if name not in CONTROLS])):
         found = {name: results[0, name] for name in chosen if (0, name) in results}
-        if len(found) < 2:
+        if len(found) < (2 if title == "Why" else 3):                            # plain and aligned are no ablations
             continue
         shown = {label: (key, digits) for label, (key, digits) in columns.items()
                  if all(key in line for line in found.values())}

@@ -2295,15 +2295,16 @@ def study_samples(out, seed, name, family, steps, guidance):
 def study_jobs(cfg, given, out):
     """Everything that is trained and sampled, as run_jobs takes it."""
     flags = as_flags({name: value for name, value in given.items() if name not in ("stage", "out", "steps", "seed")})
-    jobs = {"teacher": stage_job("teacher", out, flags), "evaluator": stage_job("evaluator", out, flags),
-            "random/teacher": stage_job("teacher", out / "random", [*flags, "--steps", 1, "--lr", 0]),
-            "no-labels/teacher": stage_job("teacher", out / "no-labels", [*flags, "--no-labels"])}
-    teachers = {"random teacher": "random/teacher", "teacher without labels": "no-labels/teacher"}
+    jobs = {"evaluator": stage_job("evaluator", out, flags)}
+    teachers = {"random teacher": ("random", ["--steps", 1, "--lr", 0]),
+                "teacher without labels": ("no-labels", ["--no-labels"])}
     for seed, name, family, steps, guidance in study_runs(cfg):
         arm, (stage, extra) = study_arm(out, seed, name), AUTOENCODERS[name]
         key, extra = str(arm.relative_to(out)), [*extra, "--seed", seed, *flags]
         if stage == "align":
-            teacher = teachers.get(name, "teacher")
+            folder, words = teachers.get(name, ("", []))
+            teacher = (Path(folder) / "teacher").as_posix()
+            jobs[teacher] = stage_job("teacher", out / folder, [*flags, *words])
             jobs[key] = stage_job(stage, arm, ["--teacher", out / teacher, *extra], teacher)
         else:
             jobs[key] = stage_job(stage, arm, extra)

@@ -3247,12 +3247,17 @@ def test_the_study_plans_measures_and_reports(whole, tmp_path):
 
 
 def test_the_tables_of_the_readme_are_those_of_its_results():
-    lines = (HERE / "assets" / "study.jsonl").read_text().splitlines()
-    results = {tuple(line["run"]): line for line in map(json.loads, lines)}
-    tables = train.study_tables(train.resolve({"stage": "study"}, "study"), results)
-    tables = [line for line in tables if line.startswith(("|", "*"))]
-    assert len(tables) >= 60
-    assert set(tables) <= set((HERE / "README.md").read_text().splitlines())
+    """All tables of the scenes, the main one of CIFAR-10; and no set of samples of the two plans is missing."""
+    readme = (HERE / "README.md").read_text().splitlines()
+    for file, given in (("study.jsonl", {}), ("study-cifar10.jsonl", {"data": "cifar10.zip"})):
+        results = {tuple(line["run"]): line
+                   for line in map(json.loads, (HERE / "assets" / file).read_text().splitlines())}
+        cfg = train.resolve({"stage": "study", **given}, "study")
+        runs = train.study_runs(cfg)
+        assert set(runs) <= results.keys()
+        tables = train.main_table(runs, (0, 1, 2), results) if given else train.study_tables(cfg, results)
+        tables = [line for line in tables if line.startswith(("|", "*"))]
+        assert len(tables) >= (8 if given else 60) and set(tables) <= set(readme)
 
 
 def test_weights_and_controls_of_the_alignment_do_what_they_say(whole, tmp_path):

@@ -3198,7 +3198,8 @@ def test_the_study_plans_measures_and_reports(whole, tmp_path):
     figures of the chain's report; what is missing is not in the tables."""
     done = command("train.py", "--stage", "study", "--dry-run", "--out", tmp_path / "x", *SMALL)
     jobs = done.stdout.splitlines()
-    assert sum("/sample.py " in job for job in jobs) == 2 * 3 * 3 * 2 * 3 + 2 * 3 * 3 + len(train.AUTOENCODERS) - 2 + 2 * 3
+    sets = 2 * 3 * 3 * 2 * 3 + 2 * 3 * 3 + len(train.AUTOENCODERS) - 2 + 2 * 3
+    assert sum("/sample.py " in job for job in jobs) == sets == 150
     assert not (tmp_path / "x").exists() and len(jobs) == len(set(jobs))
     given = dict(stage="study", out=str(tmp_path), scenes=240, num_samples=20, steps=6, batch_size=8)
     cfg = train.resolve(given, "study")

@@ -62,8 +62,10 @@ class TimestepEmbedder(nn.Module):
 
     def forward(self, t):
         half = self.frequency_embedding_size // 2
-        # float32 whatever the model's type is, as the published models were trained
-        freqs = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
+        # float32 whatever the model's type is, as the published models were trained. The frequencies are rounded to it
+        # once: float32's exp differs between processors, and 6e-8 of a frequency is 6e-5 of an angle of DiT's
+        exponents = torch.arange(half, dtype=torch.float64, device=t.device) / half
+        freqs = torch.exp(-math.log(10000) * exponents).float()                  # (half,), from 1 down to 1e-4
         angles = t.float()[:, None] * freqs[None]                                # (N, half)
         return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1).to(self.mlp[0].weight.dtype))
 

@@ -5,22 +5,21 @@
     cls   = MLPcls(pool(z))         (N, D)
     L_align = d(patch, patch*) + d(cls, cls*)                   d = w_cos (1 - cosine) + w_l1 smooth_l1
 
-Method: "Exploring Representation-Aligned Latent Space for Better Generation", arXiv 2502.00359. d, its weights, the
-widths of the MLPs and the pooling are choices of this file: the paper's README does not state them. DINOv2 is Oquab et
-al., arXiv 2304.07193; with registers, Darcet et al., arXiv 2309.16588. Parameter names are the official ones.
+Method: "Exploring Representation-Aligned Latent Space for Better Generation", arXiv 2502.00359. The
+paper's README does not state d, nor the widths of the MLPs, nor the pooling: d is known at second hand
+(see FORMS), the others are choices of this file. DINOv2 is Oquab et al., arXiv 2304.07193; with
+registers, Darcet et al., arXiv 2309.16588. Parameter names are the official ones.
 
     x (N, 3, H, W) images in [-1, 1]     T tokens of width D on a grid (gh, gw), row by row
 
-    teacher = load_dinov2("dinov2_vitb14")
+    teacher = load_teacher("dinov2_vitb14")
     heads = AlignmentHeads(latent_channels=4, embed_dim=768, fold=2)
     patch, cls = heads(z);  loss, parts = align_loss(patch, cls, *heads.standardize(*teacher_tokens(teacher, x, 224)))
     mask = segmentation_head(heads.feature_map(z)).argmax(1)    no training needed: the head was made for DINOv2 itself
-
-Run as a program it draws what the alignment does to an image, or to the latents of a data set: python align.py --help
 """
-import argparse
 import hashlib
 import http.client
+import json
 import math
 import os
 import pickle
@@ -318,6 +317,43 @@ def load_dinov2(name, path=None):
     return model.eval().requires_grad_(False)
 
 
+# --------------------------------------------------------------------------------------------------
+# Teachers
+
+# This is the one place that knows what a teacher is. To align with another model (CLIP, MAE, a
+# ResNet), let load_teacher return for its name a frozen module with
+#
+#     embed_dim, patch_size, num_registers    D, pixels a side that make one token, and 0
+#     norm                                    its last norm, or nn.LayerNorm(D) where it has none
+#     forward_features(x) -> dict             of "x_norm_patchtokens" (N, T, D), a square grid row by
+#                                             row, and "x_norm_clstoken" (N, D)
+#
+# x comes from teacher_input; a model with other statistics than ImageNet's undoes them first. A
+# ResNet's last map, flattened, is such tokens, and its mean is such a class token.
+
+def load_teacher(name_or_folder):
+    """The frozen teacher: a published DINOv2 by its name, or a folder with config.json (arguments of
+    DINOv2) and dinov2.pth (a state dict), as demo/teacher.py writes it.
+
+    Raises FileNotFoundError where there is neither, ValueError for files that do not fit, OSError
+    where a published one cannot be had.
+    """
+    if str(name_or_folder) in DINOV2:
+        return load_dinov2(str(name_or_folder))
+    config, weights = (Path(name_or_folder) / name for name in ("config.json", "dinov2.pth"))
+    for path in (config, weights):
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} not found: a teacher is a folder with config.json and "
+                                    f"dinov2.pth, or one of {', '.join(DINOV2)}")
+    try:
+        model = DINOv2(**json.loads(config.read_text()))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{config} does not hold the arguments of DINOv2 ({error}): write it anew"
+                         ) from None
+    load_strict(model, load_torch(weights), weights)
+    return model.eval().requires_grad_(False)
+
+
 def teacher_input(x, size):
     """Images (N, 3, H, W) in [-1, 1] -> (N, 3, size, size) as DINOv2 wants them: ImageNet statistics, bicubic."""
     mean, std = (x.new_tensor(v).view(1, 3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
@@ -430,8 +466,10 @@ class AlignmentHeads(nn.Module):
         return self.normed(self(z)[1] * self.cls_std + self.cls_mean, normed)
 
 
-# Forms of the align loss: weights of the cosine distance and of smooth L1
-FORMS = {"cosine": (1.0, 0.0), "l1": (0.0, 1.0), "both": (1.0, 0.1)}
+# Forms of the align loss: factors (w_cos, w_l1). Those of "both" are the paper's at second hand: the
+# paper's README states none, and a public trainer that cites it has these, as AM-RADIO
+# (arXiv 2312.06709) has them.
+FORMS = {"both": (0.9, 0.1), "cosine": (1.0, 0.0), "l1": (0.0, 1.0)}
 
 
 def align_loss(patch, cls, patch_target, cls_target, form="both", patch_weight=1.0, cls_weight=1.0):
@@ -619,145 +657,3 @@ def colorize(x, low, high):
 def colorize_depth(depth, near=None, far=None):
     """Depth (N, H, W) -> (N, 3, H, W) in [0, 1]: near is yellow, far is violet; the range is the data's by default."""
     return colorize(-depth, -(depth.max() if far is None else far), -(depth.min() if near is None else near))
-
-
-def similarity_map(features, row, column):
-    """Cosine similarity (N, gh, gw) of every position of features (N, D, gh, gw) to the one at (row, column)."""
-    unit = F.normalize(features, dim=1)
-    return torch.einsum("ndhw,nd->nhw", unit, unit[:, :, row, column])
-
-
-@torch.no_grad()
-def tsne(x, perplexity=30.0, steps=500, seed=0):
-    """x (N, D) -> (N, 2): t-SNE (van der Maaten and Hinton, 2008), exact, of the first 50 principal components.
-
-    Minimises KL(P || Q) for p_ij from Gaussians whose width gives every point `perplexity` neighbours, and q_ij from a
-    Student t of the distance in the plane. Raises ValueError for fewer points than three times the perplexity.
-    """
-    N = len(x)
-    if N < 3 * perplexity:
-        raise ValueError(f"t-SNE of {N} points with perplexity {perplexity:g}: want at least {3 * perplexity:g} points")
-    x = principal_components(x, 50)
-    squares, off_diagonal = torch.cdist(x, x).square(), 1 - torch.eye(N, dtype=x.dtype)
-    beta = torch.ones(N, 1, dtype=x.dtype) / squares.mean()
-    low, high = torch.zeros_like(beta), torch.full_like(beta, math.inf)
-    for _ in range(60):                                                          # bisection for every point's width
-        p = torch.exp(-(squares - squares.amin(1, keepdim=True)) * beta) * off_diagonal
-        p = p / p.sum(1, keepdim=True)
-        wide = -(p * p.clamp(min=1e-30).log()).sum(1, keepdim=True) > math.log(perplexity)
-        low, high = torch.where(wide, beta, low), torch.where(wide, high, beta)
-        beta = torch.where(high.isinf(), 2 * beta, (low + high) / 2)
-    p = ((p + p.T) / (2 * N)).float()
-    y = (1e-4 * x[:, :2] / x[:, 0].std()).float()
-    velocity, gain = torch.zeros_like(y), torch.ones_like(y)
-    for step in range(steps):
-        exaggeration, momentum = (12.0, 0.5) if step < steps // 4 else (1.0, 0.8)
-        t = off_diagonal.float() / (1 + torch.cdist(y, y).square())
-        pull = (exaggeration * p - t / t.sum()) * t
-        grad = 4 * (pull.sum(1, keepdim=True) * y - pull @ y)
-        gain = torch.where((grad > 0) == (velocity > 0), 0.8 * gain, gain + 0.2).clamp(min=0.01)
-        velocity = momentum * velocity - max(N / 48, 50.0) * gain * grad
-        y = y + velocity
-    return y - y.mean(0)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Program
-
-@torch.no_grad()
-def draw_features(args):
-    """A row an image: the image, features of the teacher and of the latent as colours, how alike their places are."""
-    import sample
-    import train
-    vae = sample.load_autoencoder(args.vae[0])
-    heads, size = sample.load_heads(args.vae[0]), vae.config["sample_size"]
-    settings = train.read_settings(args.vae[0])
-    teacher = train.load_teacher(args.teacher or settings["teacher"])
-    if teacher.embed_dim != heads.config["embed_dim"]:
-        sample.stop(f"{args.vae[0]} has heads for features of width {heads.config['embed_dim']}, and the teacher's are "
-                    f"{teacher.embed_dim} wide: give --teacher the one it was trained with")
-    images = [torch.from_numpy(train.center_crop(train.open_image(path), size)) for path in args.input]
-    images = torch.stack(images).permute(0, 3, 1, 2)                             # (N, 3, H, W) uint8
-    x = sample.to_float(images, "cpu")
-    z = vae.encode(x).latent_dist.mode()
-    patch, _ = teacher_tokens(teacher, x, settings["teacher_size"])
-    side = settings["teacher_size"] // teacher.patch_size
-    maps = {"DINOv2": patch.transpose(1, 2).unflatten(2, (side, side)), "from the latent": heads.feature_map(z)}
-
-    def shown(x):
-        return F.interpolate(x, size=(size, size), mode="nearest")[:, None]      # (N, 1, 3, H, W)
-
-    columns, colors = {"image": images[:, None]}, pca_rgb(torch.cat(list(maps.values()))).chunk(2)
-    for title, rgb in zip(maps, colors):
-        columns[f"{title}: PCA"] = shown(rgb)
-    for title, features in maps.items():
-        alike = colorize(similarity_map(features, side // 2, side // 2), -0.2, 1.0)
-        alike[:, :, side // 2, side // 2] = torch.tensor([1.0, 0.0, 0.0])[:, None].T
-        columns[f"{title}: like the red place"] = shown(alike)
-    legend = {}
-    if args.heads:
-        task_heads = sample.load_task_heads(args.heads)
-        masks, depth = sample.read_latents(heads, task_heads, z, size)
-        if masks is not None:
-            columns["mask from the latent"] = colorize_mask(masks, len(task_heads.classes))[:, None]
-            legend = sample.legend_of(masks, task_heads.classes)
-        if depth is not None:
-            columns["depth from the latent"] = colorize_depth(depth)[:, None]
-    sample.save_picture(sample.sheet(columns, max(1, 128 // size), legend=legend), args.out)
-
-
-@torch.no_grad()
-def draw_embedding(args):
-    """Pooled latents of a data set's held-out images in the plane, a panel an autoencoder, coloured by class."""
-    import sample
-    import train
-    panels = {}
-    for folder in args.vae:
-        vae = sample.load_autoencoder(folder)
-        data = train.open_data(train.Config(data=args.input[0], image_size=vae.config["sample_size"]), "test")
-        rows = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))[:args.num].tolist()
-        pooled, labels = [], []
-        for images, y, *_ in train.all_batches(data, 50, rows):
-            z = vae.normalize(vae.encode(sample.to_float(images, "cpu")).latent_dist.mode())
-            pooled.append(F.adaptive_avg_pool2d(z, 4).flatten(1))
-            labels.append(y)
-        x = torch.cat(pooled)
-        panels[str(folder)] = tsne(x) if args.method == "tsne" else principal_components(x, 2)
-    sample.save_picture(sample.scatter(panels, torch.cat(labels), data.classes), args.out)
-
-
-def main(argv=None):
-    """What the alignment does to images, or to the latents of a data set, as a picture."""
-    import sample
-    import train
-    parser = argparse.ArgumentParser(
-        formatter_class=argparse.RawDescriptionHelpFormatter, description="Pictures of aligned latents. This program "
-        "needs the other files of ReaLS beside it.\n\n"
-        "    python align.py features cat.jpg dog.png --vae runs/NAME/align --out features.png\n"
-        "    python align.py embedding scenes --vae runs/scenes/plain/vae runs/scenes/aligned/align --out two.png")
-    parser.error = sample.stop                                                   # one line, without the usage
-    parser.add_argument("picture", choices=("features", "embedding"),
-                        help="features: PCA and similarity of DINOv2's and of the latent's features, masks and depth; "
-                        "embedding: pooled latents of held-out images in the plane, coloured by class")
-    parser.add_argument("input", nargs="+", help="features: images; embedding: scenes, or a folder or .zip")
-    parser.add_argument("--vae", type=Path, nargs="+", required=True, help="folder of stage align (embedding: folders "
-                        "of any autoencoders, one a panel)")
-    parser.add_argument("--teacher", help="features: folder or published name (default: what the stage was given)")
-    parser.add_argument("--heads", nargs="+", default=[], help="features: folder of stage teacher or heads, or "
-                        "published names, for masks and depth")
-    parser.add_argument("--method", choices=("tsne", "pca"), default="tsne", help="embedding: way to the plane")
-    parser.add_argument("--num", type=int, default=1000, help="embedding: images")
-    parser.add_argument("--out", type=Path, default=Path("align.png"), help="the PNG to write")
-    args = parser.parse_args(argv)
-    try:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        {"features": draw_features, "embedding": draw_embedding}[args.picture](args)
-    except (train.DataError, ValueError, OSError) as error:
-        sample.stop(error)
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
-    print(f"{args.out} is ready")
-
-
-if __name__ == "__main__":
-    main()

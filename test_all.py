@@ -46,6 +46,11 @@ from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 import align
+import demo.pictures
+import demo.report
+import demo.scenes
+import demo.study
+import demo.teacher
 import dit
 import fid
 import sample
@@ -525,7 +530,7 @@ def test_one_step_moves_every_parameter():
     """From a fresh start; and LPIPS sends its gradient to the decoder."""
     torch.manual_seed(0)
     autoencoder = vae.AutoencoderKL(block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=8)
-    net = train.AlignedAutoencoder(autoencoder, align.AlignmentHeads(4, 24, 32))
+    net = train.Autoencoder(autoencoder, align.AlignmentHeads(4, 24, 32))
     discriminator, lpips = vae.PatchDiscriminator(ndf=8), vae.LPIPS()
     before = {id(p): p.detach().clone() for module in (net, discriminator) for p in module.parameters()}
     opt, d_opt = (torch.optim.SGD(module.parameters(), lr=1.0) for module in (net, discriminator))
@@ -593,7 +598,7 @@ def test_latent_statistics_are_those_of_samples():
 
 
 def test_psnr_and_ssim_equal_scikit_images():
-    x = train.to_float(train.draw_scenes(0, np.arange(3), 48)[0], "cpu").double()
+    x = train.to_float(demo.scenes.draw_scenes(0, np.arange(3), 48)[0]).cpu().double()
     y = (x + 0.1 * array((3, 3, 48, 48), 4)).clamp(-1, 1)
     for i in range(3):
         a, b = x[i].numpy(), y[i].numpy()
@@ -954,7 +959,7 @@ def test_forms_of_the_align_loss():
     assert l1.item() == pytest.approx(5, rel=1e-6)                               # |3| - 1 / 2, twice
     both, parts = align.align_loss(patches + 3, cls_token - 3, patches, cls_token)
     cosines = parts["cos_patch"] + parts["cos_cls"]
-    assert both.item() == pytest.approx((2 - cosines + 0.1 * 5).item(), rel=1e-5)
+    assert both.item() == pytest.approx((0.9 * (2 - cosines) + 0.1 * 5).item(), rel=1e-5)
     alone, _ = align.align_loss(patches + 3, cls_token - 3, patches, cls_token, form="l1", cls_weight=0.0)
     assert alone.item() == pytest.approx(2.5, rel=1e-6)
 
@@ -962,8 +967,9 @@ def test_forms_of_the_align_loss():
 def test_gradients_reach_encoder_and_mlps_and_never_the_teacher():
     torch.manual_seed(0)
     teacher = fill(align.DINOv2(**TINY_VIT))                                     # not even frozen
-    net = train.AlignedAutoencoder(vae.AutoencoderKL(block_out_channels=(16, 32), layers_per_block=1,
-                                                     norm_num_groups=8), align.AlignmentHeads(4, 96, 8, grid=(5, 5)))
+    net = train.Autoencoder(vae.AutoencoderKL(block_out_channels=(16, 32), layers_per_block=1,
+                                              norm_num_groups=8),
+                            align.AlignmentHeads(4, 96, 8, grid=(5, 5)))
     x = array((2, 3, 16, 16), 1, -1, 1)
     _, _, features = net(x, torch.randn(2, 4, 8, 8))
     loss, _ = align.align_loss(*features, *net.heads.standardize(*align.teacher_tokens(teacher, x, 70)))
@@ -986,7 +992,7 @@ def test_pictures_have_colours_in_range():
 def test_similarity_map():
     features = torch.randn(2, 6, 4, 5)
     features[:, :, 3, 4] = -2 * features[:, :, 1, 2]
-    alike = align.similarity_map(features, 1, 2)
+    alike = demo.pictures.similarity_map(features, 1, 2)
     assert alike.shape == (2, 4, 5)
     torch.testing.assert_close(alike[:, 1, 2], torch.ones(2))
     torch.testing.assert_close(alike[:, 3, 4], -torch.ones(2))
@@ -996,12 +1002,12 @@ def test_tsne_keeps_clusters_apart_that_a_plane_cannot_show():
     torch.manual_seed(0)
     labels = torch.arange(5).repeat(40)
     x = 6 * torch.eye(5, 20)[labels] + torch.randn(200, 20)
-    for y, least in ((align.tsne(x, perplexity=15), 0.97), (align.principal_components(x, 2), 0.0)):
+    for y, least in ((demo.pictures.tsne(x, perplexity=15), 0.97), (align.principal_components(x, 2), 0.0)):
         assert y.shape == (200, 2)
         nearest = (torch.cdist(y, y) + 1e9 * torch.eye(200)).argmin(1)
         assert (labels[nearest] == labels).float().mean() >= least
     with pytest.raises(ValueError, match="at least 90"):
-        align.tsne(x[:80])
+        demo.pictures.tsne(x[:80])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1478,11 +1484,10 @@ def shared(path, files):
     return text.split(begin)[1].split(end)[0]
 
 
-# What the float32 of DiT's time embedding is worth. The official code takes frequency f = exp(-a) and
-# angle t f in float32, where u = 2^-24 is one rounding: a is off by a u, f by f u more, so an angle by
-# t u f (1 + a) = t u f (1 - ln f) <= t u. A sinusoid moves as far as its angle, and t goes to 999; the
-# deviation of a sinusoid is sqrt(1 / 2). Behind the embedding the linear layers mix 256 sinusoids, which
-# makes it less, not more. SiT's t <= 1 is below 1e-6.
+# What the float32 of DiT's time embedding is worth. The official code takes frequency f = exp(-a) and angle t f in
+# float32, where u = 2^-24 is one rounding: a is off by a u, f by f u more, so an angle by t u f (1 + a) = t u f (1 - ln f)
+# <= t u. A sinusoid moves as far as its angle, and t goes to 999; the deviation of a sinusoid is sqrt(1 / 2). Behind the
+# embedding the linear layers mix 256 sinusoids, which makes it less, not more. SiT's t <= 1 is below 1e-6.
 EMBEDDING = 999 * 2 ** -24 / 0.5 ** 0.5                                          # 8.4e-5
 # The same of noise that torch.randn draws in float32: sqrt(-2 ln u) cos(2 pi v), four roundings of up to 5 deviations.
 DRAWN = 5 * 4 * 2 ** -24                                                         # 1.2e-6
@@ -2160,45 +2165,70 @@ def test_the_evaluator_refuses_what_it_cannot_do(image_sets, inception_weights, 
     assert "inception.pth is not in" in line and "download" in line
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Data of train.py
+# --------------------------------------------------------------------------------------------------
+# Scenes of the demo, and images of one's own
 
 def test_scenes_depend_on_seed_and_index_alone():
-    whole = train.draw_scenes(3, np.arange(40))
-    part = train.draw_scenes(3, np.array([37, 5, 12]))
-    images, labels, segments, depth = ((a[[37, 5, 12]].double(), b.double())
-                                       for a, b in zip(whole, part))
+    whole = demo.scenes.draw_scenes(3, np.arange(40))
+    part = demo.scenes.draw_scenes(3, np.array([37, 5, 12]))
+    images, labels, masks, depth = ((a[[37, 5, 12]].double(), b.double())
+                                    for a, b in zip(whole, part))
     assert torch.equal(*labels)
     # another place in memory may mean another kernel: it rounds otherwise, also over an edge
-    for (a, b), most in ((images, 1), (segments, 0), (depth, 1e-5)):
+    for (a, b), most in ((images, 1), (masks, 0), (depth, 1e-5)):
         gaps = (a - b).abs()
         assert (gaps == 0).double().mean() > 0.95 and (gaps > most).double().mean() < 2e-3
-    assert not torch.equal(whole[0], train.draw_scenes(4, np.arange(40))[0])
-    assert train.draw_scenes(3, np.arange(10 ** 9, 10 ** 9 + 10))[1].tolist() == list(range(10))
+    assert not torch.equal(whole[0], demo.scenes.draw_scenes(4, np.arange(40))[0])
+    test = demo.scenes.draw_scenes(3, np.arange(10 ** 9, 10 ** 9 + 10))
+    assert test[1].tolist() == list(range(10))
 
 
-def test_segments_and_depth_of_scenes_agree():
-    images, labels, segments, depth = train.draw_scenes(0, np.arange(200))
+def test_masks_and_depth_of_scenes_agree():
+    images, labels, masks, depth = demo.scenes.draw_scenes(0, np.arange(200))
     assert images.shape == (200, 3, 32, 32) and images.dtype == torch.uint8
     for i in range(200):
-        assert set(segments[i].unique().tolist()) <= {0, 1, 2 + i % 10} and labels[i] == i % 10
-    solid = (segments >= 2).float().mean(dim=(1, 2))
+        assert set(masks[i].unique().tolist()) <= {0, 1, 2 + i % 10} and labels[i] == i % 10
+    solid = (masks >= 2).float().mean(dim=(1, 2))
     assert solid.min() > 0.04 and solid.max() < 0.6
-    assert (depth[segments == 0] == train.FAR).all() and depth.min() > train.NEAR
-    assert (depth[segments >= 2] < 8).all(), "a solid stands five units away"
+    assert (depth[masks == 0] == demo.scenes.FAR).all() and depth.min() > demo.scenes.NEAR
+    assert (depth[masks >= 2] < 8).all(), "a solid stands five units away"
 
 
 def test_a_sphere_is_drawn_where_geometry_puts_it():
-    """The nearest point of a sphere is at distance |eye - centre| - radius: the smallest depth on the solid."""
-    u = train.scene_numbers(0, np.arange(0, 400, 10), 24)
-    _, segments, depth = train.draw_solid(0, u, 96)
+    """Its nearest point is at |eye - centre| - radius: the smallest depth on the solid."""
+    u = demo.scenes.scene_numbers(0, np.arange(0, 400, 10), 24)
+    _, masks, depth = demo.scenes.draw_class(0, u, 96)
     pitch = 0.2 + 0.14 * u[:, 0]
     scale = 0.85 + 0.2 * u[:, 8]
     px, pz = -0.16 + 0.32 * u[:, 9], -0.2 + 0.4 * u[:, 10]
     eye = torch.stack([-px, 0.8 + 5 * pitch.sin() - 0.92 * scale, 5 * pitch.cos() - pz])
     expected = eye.norm(dim=0) - 0.92 * scale
-    nearest = depth.masked_fill(segments != 2, 100).amin(1)
+    nearest = depth.masked_fill(masks != 2, 100).amin(1)
     torch.testing.assert_close(nearest, expected, rtol=0, atol=0.01)
+
+
+def test_scenes_become_an_ordinary_data_set(tmp_path):
+    """A .zip of class folders, the same bytes each time; masks and depth in ImageFolder's order."""
+    path = tmp_path / "scenes.zip"
+    demo.scenes.write_scenes(path, 120, 16)
+    written = path.read_bytes()
+    with np.load(demo.scenes.truth_path(path)) as truth:
+        for split, count in (("train", 120), ("test", 12)):
+            data = train.ImageFolder(path, split, 16)
+            assert data.classes == tuple(sorted(demo.scenes.SCENE_CLASSES)) and len(data) == count
+            numbers = np.array([int(Path(name).stem) for name, _ in data.files])
+            images, labels, masks, depth = demo.scenes.draw_scenes(0, numbers, 16)
+            (read, its_labels), = train.in_order(data, count)
+            assert torch.equal(read, images) and np.array_equal(truth[f"{split}_masks"], masks)
+            np.testing.assert_allclose(truth[f"{split}_depth"], depth, rtol=1e-3)
+            names = [demo.scenes.SCENE_CLASSES[k] for k in labels]
+            assert [data.classes[k] for k in its_labels] == names
+    demo.scenes.write_scenes(path, 120, 16)
+    with pytest.raises(ValueError, match="holds 120 scenes of 16 pixels, not 130"):
+        demo.scenes.write_scenes(path, 130, 16)
+    path.unlink()
+    demo.scenes.write_scenes(path, 120, 16)
+    assert path.read_bytes() == written
 
 
 @pytest.mark.parametrize("width, height, size, seed, digest", [
@@ -2214,168 +2244,210 @@ def test_centre_crop_equals_adms(tmp_path, width, height, size, seed, digest):
     """Byte for byte, on the way that training takes."""
     g = np.random.RandomState(seed)
     small = g.randint(0, 256, (max(2, height // 16), max(2, width // 16), 3)).astype(np.uint8)
-    image = np.asarray(Image.fromarray(small).resize((width, height), Image.BICUBIC)).astype(np.int64)
-    image = np.clip(image + g.randint(-12, 13, (height, width, 3)), 0, 255).astype(np.uint8)
-    (tmp_path / "train" / "a").mkdir(parents=True)
-    Image.fromarray(image).save(tmp_path / "train" / "a" / "x.png")
-    read = train.ImageFolder(tmp_path, "all", size).__getitems__([(0, False), (0, True)])[0].permute(0, 2, 3, 1)
-    assert hashlib.sha256(read[0].numpy().tobytes()).hexdigest() == digest
-    assert torch.equal(read[1], read[0].flip(1))
+    image = np.asarray(Image.fromarray(small).resize((width, height), Image.BICUBIC))
+    image = image.astype(np.int64) + g.randint(-12, 13, (height, width, 3))
+    Image.fromarray(np.clip(image, 0, 255).astype(np.uint8)).save(tmp_path / "x.png")
+    images, _ = train.ImageFolder(tmp_path, "all", size).__getitems__([(0, False), (0, True)])
+    read, mirrored = images.permute(0, 2, 3, 1)
+    assert hashlib.sha256(read.numpy().tobytes()).hexdigest() == digest
+    assert torch.equal(mirrored, read.flip(1))
 
 
 def odd_image(kind):
-    """Bytes of an image file of an unusual kind, left half red and right half blue where that is possible."""
+    """Bytes of an unusual image file, left half red and right half blue where that can be."""
     rgb = np.zeros((8, 8, 3), dtype=np.uint8)
     rgb[:, :4, 0], rgb[:, 4:, 2] = 255, 255
-    image, file, options = Image.fromarray(rgb), io.BytesIO(), {}
-    if kind == "exif":                                                           # stored on its side, as cameras do
-        exif = Image.Exif()
-        exif[0x0112] = 6
-        image, options = image.transpose(Image.ROTATE_90), dict(exif=exif)
+    image, red = Image.fromarray(rgb), Image.fromarray(rgb[:, :, 0])
+    file, options = io.BytesIO(), {}
+    if kind == "exif":                                   # stored on its side, as cameras do
+        options["exif"] = Image.Exif()
+        options["exif"][0x0112] = 6
+        image = image.transpose(Image.ROTATE_90)
     elif kind in ("CMYK", "P"):
         image = image.convert(kind)
     elif kind == "RGBA":
-        image.putalpha(Image.fromarray(np.where(np.arange(64).reshape(8, 8) % 8 < 4, 255, 0).astype(np.uint8)))
-    elif kind == "L":
-        image = Image.fromarray(rgb[:, :, 0])
+        image.putalpha(red)
+    elif kind in ("L", "float"):
+        image = red.convert("L" if kind == "L" else "F")
     elif kind == "I;16":
         image = Image.fromarray(rgb[:, :, 0].astype(np.uint16) * 257 // 2)
     elif kind == "animated":
         options = dict(save_all=True, append_images=[Image.new("RGB", (8, 8), "lime")])
-    elif kind == "wide":
+    elif kind == "panorama":
         image = image.resize((20_000, 8), Image.NEAREST)
-    elif kind == "float":
-        image = Image.fromarray(rgb[:, :, 0].astype(np.float32))
-    elif kind == "empty":
-        return b""
-    elif kind == "bomb":                                                         # 400 million pixels in a small file
+    elif kind == "bomb":                                 # 400 million pixels in a small file
         image = Image.new("1", (20_000, 20_000))
     suffix = {"CMYK": "TIFF", "float": "TIFF", "animated": "GIF"}.get(kind, "PNG")
     image.save(file, suffix, **options)
-    return file.getvalue()[:40] if kind == "cut off" else file.getvalue()
+    return file.getvalue()[:{"empty": 0, "cut off": 40}.get(kind)]
 
 
 @pytest.mark.parametrize("kind, left, right", [
-    ("RGB", (255, 0, 0), (0, 0, 255)), ("exif", (255, 0, 0), (0, 0, 255)), ("CMYK", (255, 0, 0), (0, 0, 255)),
-    ("P", (255, 0, 0), (0, 0, 255)), ("RGBA", (255, 0, 0), (255, 255, 255)), ("L", (255, 255, 255), (0, 0, 0)),
-    ("I;16", (127, 127, 127), (0, 0, 0)), ("animated", (255, 0, 0), (0, 0, 255))])
+    ("RGB", (255, 0, 0), (0, 0, 255)), ("exif", (255, 0, 0), (0, 0, 255)),
+    ("CMYK", (255, 0, 0), (0, 0, 255)), ("P", (255, 0, 0), (0, 0, 255)),
+    ("RGBA", (255, 0, 0), (255, 255, 255)), ("L", (255, 255, 255), (0, 0, 0)),
+    ("I;16", (127, 127, 127), (0, 0, 0)), ("animated", (255, 0, 0), (0, 0, 255)),
+    ("panorama", (255, 0, 0), (0, 0, 255))])
 def test_unusual_images_are_read_as_stated(kind, left, right):
-    image = np.asarray(train.read_rgb(io.BytesIO(odd_image(kind)))).astype(int)
+    image = train.center_crop(train.read_rgb(io.BytesIO(odd_image(kind))), 8).astype(int)
     assert image.shape == (8, 8, 3)
     assert np.abs(image[:, :4] - left).max() <= 1 and np.abs(image[:, 4:] - right).max() <= 1
 
 
-def test_a_panorama_is_cropped():
-    image = train.center_crop(train.read_rgb(io.BytesIO(odd_image("wide"))), 8)
-    assert image.shape == (8, 8, 3) and (image[:, 0] == (255, 0, 0)).all() and (image[:, -1] == (0, 0, 255)).all()
+@pytest.mark.parametrize("kind", ["empty", "cut off", "float", "bomb"])
+def test_an_image_that_cannot_be_read_is_named(tmp_path, kind):
+    (tmp_path / "x.png").write_bytes(odd_image(kind))
+    with pytest.raises(train.DataError, match="x.png cannot be read .*: mend or remove it"):
+        train.ImageFolder(tmp_path, "all", 8).image(0)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_images_that_cannot_be_read_are_passed_over_up_to_a_number(tmp_path, workers, capfd):
-    """They are named, the next one stands in with its own label, and so a stage ends; one more is an error."""
-    root = write_images(tmp_path / "images")
-    for name, kind in (("a_red/011.png", "bomb"), ("a_red/003.png", "empty"), ("b_blue/000.png", "cut off"),
-                       ("b_blue/011.png", "float")):
-        (root / "train" / name).write_bytes(odd_image(kind))
-    cfg = train.resolve(dict(stage="vae", data=str(root), out=str(tmp_path / "run"), max_bad=4, batch_size=4), "vae")
-    data = train.open_data(cfg, "train")
-    good = train.ImageFolder(write_images(tmp_path / "good"), "train", 32)
-    batches = train.load_batches(data, [[(i, False)] for i in range(24)], workers)
-    for i, (image, label) in enumerate(batches):
-        stands = {11: 13, 3: 4, 12: 13, 23: 0}.get(i, i)                         # the first follows the last
-        assert torch.equal(image, good.__getitems__([(stands, False)])[0]) and label == good.labels[stands]
-    assert data.labels.tolist() == [0] * 11 + [1] * 12 + [0]
-    assert sorted(set((tmp_path / "run" / "unreadable-train.txt").read_text().split())) == [
-        "train/a_red/003.png", "train/a_red/011.png", "train/b_blue/000.png", "train/b_blue/011.png"]
-    errors = capfd.readouterr().err
-    assert errors.count("passed over") == 4 and "a_red/011.png cannot be read" in errors
-    data.max_bad = 3
-    with pytest.raises(train.DataError, match="b_blue/000.png cannot be read.*max-bad 3"):
-        (tmp_path / "run" / "unreadable-train.txt").write_text("x\ny\nz\n")
-        data.__getitems__([(12, False)])
-    if workers:
-        command("train.py", "--stage", "vae", "--data", root, "--out", tmp_path / "a", "--max-bad", 4, "--steps", 6,
-                "--workers", workers, *SMALL[2:])
-
-
-def write_images(root, splits=("train", "test"), count=12):
-    """An ImageFolder of two classes whose images are plain colours that tell class and number."""
-    for split in splits:
-        for k, name in enumerate(("b_blue", "a_red")):
-            folder = root / split / name
-            folder.mkdir(parents=True)
-            for i in range(count):
-                color = (10 * i, 50, 200) if k == 0 else (200, 50, 10 * i)
-                Image.new("RGB", (40, 36), color).save(folder / f"{i:03}.png")
+def write_images(root, folders=("train/b", "train/a", "test/b", "test/a"), count=12):
+    """Plain colours that tell class and number, in class folders."""
+    for folder in folders:
+        (root / folder).mkdir(parents=True, exist_ok=True)
+        for i in range(count):
+            color = (200, 50, 10 * i) if folder.endswith("a") else (10 * i, 50, 200)
+            Image.new("RGB", (40, 36), color).save(root / folder / f"{i:03}.png")
     return root
 
 
-def zipped(root, path):
-    with zipfile.ZipFile(path, "w") as archive:
+def zipped(root, path, method=zipfile.ZIP_STORED):
+    with zipfile.ZipFile(path, "w", method) as archive:
         for file in sorted(root.rglob("*.png")):
             archive.write(file, file.relative_to(root))
     return path
 
 
-def test_folder_and_zip_are_the_same_data(tmp_path):
+@pytest.mark.parametrize("folders, classes, count, held_out", [
+    ("train/a train/b val/a val/b", "ab", 6, 6), ("train/a train/b test/a test/b", "ab", 6, 6),
+    ("Train/a Val/a", "a", 3, 3), ("train/a valid/a", "a", 3, 3),
+    ("train/a val/a test/x", "a", 3, 3),                 # of two that are held out the first
+    ("train/a train/b", "ab", 5, 1), ("a b", "ab", 5, 1),            # every 20th is held out
+    ("around/all/train/a around/all/val/a", "a", 3, 3), ("around/a around/b", "ab", 5, 1),
+    ("a/deep/deeper a/deep/other b", "ab", 8, 1),
+    (".", ["data"], 2, 1), ("train val", ["data"], 3, 3)])           # without classes: one class
+def test_layouts_of_data(tmp_path, folders, classes, count, held_out):
+    """Of a folder and of a .zip, whose images are the same."""
+    root = write_images(tmp_path / "data", folders.split(), 3)
+    for path in (root, zipped(root, tmp_path / "data.zip")):
+        found = {split: train.ImageFolder(path, split, 8) for split in ("train", "test", "all")}
+        assert found["train"].classes == found["test"].classes == tuple(classes)
+        assert (len(found["train"]), len(found["test"])) == (count, held_out)
+        names = {split: [name for name, _ in data.files] for split, data in found.items()}
+        assert sorted(names["train"] + names["test"]) == sorted(names["all"])
+        assert found["train"].files == sorted(found["train"].files, key=lambda file: file[::-1])
+        assert found["train"].files == train.ImageFolder(root, "train", 8).files
+
+
+def test_links_are_followed_and_other_files_are_counted(tmp_path, capsys):
+    """Linked folders, a loop of them too; hidden files are nothing, other kinds are counted."""
+    root = write_images(tmp_path / "data", ["a", "b", ".cache", "__MACOSX/a", "a/.thumbs"], 2)
+    outside = write_images(tmp_path / "outside", ["."], 2)
+    (root / "c").symlink_to(outside)
+    (root / "a" / "loop").symlink_to(root)
+    for name in ("a/._000.png", "a/notes.txt", "labels.csv"):
+        (root / name).write_text("x")
+    cfg = train.resolve("vae", {"data": str(root), "out": str(tmp_path / "run")})
+    data, held_out = train.open_data(cfg)
+    assert data.classes == ("a", "b", "c") and len(data) + len(held_out) == 6
+    said = capsys.readouterr().out
+    assert "5 images of 3 classes (a, b, c); 1 held out; 2 other files are passed over" in said
+    path = zipped(root, tmp_path / "data.zip")           # zipfile follows no link to a folder
+    assert train.ImageFolder(path, "all", 8).passed_over == 0
+
+
+def test_workers_read_a_zip_without_its_directory(tmp_path, monkeypatch):
+    """Stored and deflated files are those of the folder, also mirrored, in order of the keys."""
     root = write_images(tmp_path / "images")
     folder = train.ImageFolder(root, "train", 32)
-    archive = train.ImageFolder(zipped(root, tmp_path / "x.zip"), "train", 32)
-    assert folder.classes == archive.classes == ("a_red", "b_blue") and len(folder) == 24
-    keys = [(0, False), (23, True), (13, False)]
-    for a, b in zip(folder.__getitems__(keys), archive.__getitems__(keys)):
-        assert torch.equal(a, b)
-    images, labels = folder.__getitems__(keys)
-    assert labels.tolist() == [0, 1, 1] and images.shape == (3, 3, 32, 32) and images[2, 0, 0, 0] == 10
-    flat = train.ImageFolder(root / "train", "train", 32), train.ImageFolder(root / "train", "test", 32)
-    assert len(flat[0]) + len(flat[1]) == 24 and not set(flat[0].files) & set(flat[1].files)
+    assert folder.classes == ("a", "b") and len(folder) == 24
+    keys = [[(0, False)], [(23, True), (13, False)]]
+    for method in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        path = zipped(root, tmp_path / f"{method}.zip", method)
+        with monkeypatch.context() as patch:
+            archive = train.ImageFolder(path, "train", 32)
+            patch.setattr(zipfile, "ZipFile", None)      # nobody reads the directory again
+            for batch, of_batch in zip(train.loader(archive, keys, workers=1), keys, strict=True):
+                for a, b in zip(batch, folder.__getitems__(of_batch), strict=True):
+                    assert torch.equal(a, b)
+    images, labels = batch
+    assert labels.tolist() == [1, 1] and images.shape == (2, 3, 32, 32) and images[1, 0, 0, 0] == 10
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+@pytest.mark.parametrize("field, bit, says", [
+    (10, 64, "compressed by method"), (16, 1, "not those that the .zip lists"),      # its checksum
+    (24, 1, "not those that the .zip lists"), (27, 128, "it has 21474")])            # its size
+def test_a_zip_that_lies_is_found_out(tmp_path, method, field, bit, says):
+    """A bit of an image's entry in the directory is another one; so is one of its bytes."""
+    path = zipped(write_images(tmp_path / "images", ["a"], 1), tmp_path / "x.zip", method)
+    data = bytearray(path.read_bytes())
+    data[data.rindex(b"PK\1\2") + field] ^= bit
+    path.write_bytes(data)
+    with pytest.raises(train.DataError, match=f"a/000.png cannot be read .*{says}"):
+        train.ImageFolder(path, "all", 8).image(0)
 
 
 def test_every_image_comes_once_an_epoch_whatever_the_processes(monkeypatch):
-    data = train.ImageFolder.__new__(train.ImageFolder)
-    data.files = list(range(10))
-    cfg = train.Config(batch_size=4, seed=1)
-    alone = list(train.StepSampler(data, cfg, 0, 10))                            # 40 positions: four epochs of ten
+    cfg = train.Config(batch_size=4, seed=1, steps=10)   # 40 positions: four epochs of ten images
+    alone = list(train.keys_of_steps(10, True, cfg, 0))
     assert sorted(i for keys in alone for i, _ in keys) == sorted(list(range(10)) * 4)
-    assert {flip for keys in alone for _, flip in keys} == {True, False}
-    assert list(train.StepSampler(data, cfg, 7, 10)) == alone[7:]
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    ranks = []
-    for rank in ("0", "1"):
-        monkeypatch.setenv("RANK", rank)
-        ranks.append(list(train.StepSampler(data, cfg, 0, 10)))
-    assert [a + b for a, b in zip(*ranks)] == alone
+    assert {flipped for keys in alone for _, flipped in keys} == {True, False}
+    assert list(train.keys_of_steps(10, True, cfg, 7)) == alone[7:]
+    unflipped = [[(i, False) for i, _ in keys] for keys in alone]
+    assert list(train.keys_of_steps(10, False, cfg, 0)) == unflipped
+    monkeypatch.setattr(train, "world_size", 2)
+    halves = []
+    for rank in (0, 1):
+        monkeypatch.setattr(train, "rank", rank)
+        halves.append(list(train.keys_of_steps(10, True, cfg, 0)))
+    assert [a + b for a, b in zip(*halves)] == alone
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The programs, as users run them
 
-MAIN = {"train.py": train.main, "sample.py": sample.main, "align.py": align.main, "fid.py": fid.main}
+MAIN = {"train.py": train.main, "sample.py": sample.main, "fid.py": fid.main,
+        "demo.teacher": demo.teacher.main, "demo.pictures": demo.pictures.main,
+        "demo.report": demo.report.main, "demo.study": demo.study.main}
+
+
+def start(*words, launch=(), env=None, **options):
+    """A program of ours in a process of its own, or in those of `launch`."""
+    module = [] if str(words[0]).endswith(".py") else ["-m"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
+    if launch:                                           # two processes want two GPUs, or none
+        env["CUDA_VISIBLE_DEVICES"] = ""
+    return subprocess.Popen([sys.executable, *launch, *module, *map(str, words)], cwd=HERE, env=env,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+
+
+def torchrun(processes, *flags):
+    return ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", *flags,
+            "--"]
 
 
 def command(*words, check=True, processes=1, fresh=False, **env):
-    """Run a program of ours to its end: in processes of its own, where that is what is tested, else in this one."""
-    words, (out, err) = [str(word) for word in words], (io.StringIO(), io.StringIO())
+    """Run a program of ours to its end, in this process where processes are not what is tested."""
     if processes > 1 or fresh:
-        start = [sys.executable]
-        if processes > 1:
-            start += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "--"]
-        env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **env}
         with both_cores():
-            done = subprocess.run([*start, *words], cwd=HERE, env=env, capture_output=True, text=True, timeout=400)
+            done = start(*words, launch=torchrun(processes) if processes > 1 else (), env=env)
+            done.stdout, done.stderr = done.communicate(timeout=400)
     else:
-        done = SimpleNamespace(returncode=0)
-        urllib.request.install_opener(None)                                      # so that proxies are read anew
-        before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-        dtype = torch.get_default_dtype()
-        with (mock.patch.dict(os.environ, env), mock.patch.object(sys, "argv", words), contextlib.chdir(HERE),
-              contextlib.redirect_stdout(out), contextlib.redirect_stderr(err)):
+        done, (out, err) = SimpleNamespace(returncode=0), (io.StringIO(), io.StringIO())
+        words, dtype = [str(word) for word in words], torch.get_default_dtype()
+        handlers = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)}
+        urllib.request.install_opener(None)              # so that proxies are read anew
+        with (mock.patch.dict(os.environ, env), mock.patch.object(sys, "argv", words),
+              contextlib.chdir(HERE), contextlib.redirect_stdout(out),
+              contextlib.redirect_stderr(err)):
             try:
                 MAIN[words[0]]()
             except SystemExit as ended:
-                done.returncode = ended.code
-        for number, handler in before.items():
+                done.returncode = ended.code or 0
+        for number, handler in handlers.items():         # from here on as at the end of a process
             signal.signal(number, handler)
+        train.locks.clear()
         torch.set_default_dtype(dtype)
         urllib.request.install_opener(None)
         done.stdout, done.stderr = out.getvalue(), err.getvalue()
@@ -2383,414 +2455,472 @@ def command(*words, check=True, processes=1, fresh=False, **env):
     return done
 
 
-SMALL = ["--scenes", 240, "--latent-channels", 4, "--channels", 8, 16, 16, "--align-hidden", 16, "--batch-size", 8]
+def last_line(text):
+    return [line for line in text.splitlines() if line.strip()][-1]
+
+
+def refused(program, *words, **env):
+    """The line with which a program refuses what it was given, with exit status 2."""
+    done = command(program, *words, check=False, **env)
+    assert done.returncode == 2, done.stderr[-2000:]
+    return last_line(done.stderr)
+
+
+DEMO = ["--scenes", 900, "--steps", 6, "--num", 20]
+SMALL = ["--preset", "small", "--no-flip", "--latent-channels", 4, "--channels", 8, 16, 16,
+         "--align-hidden", 16, "--batch-size", 8]
 
 
 @pytest.fixture(scope="session")
 def whole(tmp_path_factory):
-    """The whole system, tiny: the folder of a finished chain."""
-    out = tmp_path_factory.mktemp("chain") / "run"
-    done = command("train.py", "--out", out, "--steps", 6, "--num-samples", 20, *SMALL, fresh=True)
-    assert "Traceback" not in done.stderr
-    (out / "stdout.txt").write_text(done.stdout)
+    """The folder of a finished tiny demo. The first of pytest's processes makes it for all."""
+    base = tmp_path_factory.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    out = base / "whole"
+    with open(base / "whole.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (base / "whole.txt").is_file():
+            done = command("demo", "--out", out, *DEMO, fresh=True)
+            assert "Traceback" not in done.stderr
+            (base / "whole.txt").write_text(done.stdout)
     return out
 
 
-def test_the_chain_writes_a_report_with_all_figures_and_pictures(whole):
-    figures = json.loads((whole / "report.json").read_text())
-    wanted = {"PSNR of reconstructions, dB", "cosine to the teacher, patches", "cosine to the teacher, class token",
-              "linear probe on latents, accuracy", "FD of samples, no guidance",
-              "FD of samples to own reconstructions, no guidance", "class accuracy of samples, no guidance",
-              "masks from latents, mIoU", "depth from latents, relative error"}
-    for arm in ("plain", "aligned"):
-        assert wanted <= figures[arm].keys() and all(np.isfinite(v) for v in figures[arm].values())
-    text = (whole / "report.md").read_text()
-    for line in wanted:
-        assert line in text and line in (whole / "stdout.txt").read_text()
+def stage(whole, name, out, *words, **flags):
+    """The words of a tiny stage on the demo's scenes and teacher."""
+    for flag, value in flags.items():
+        words += f"--{flag.replace('_', '-')}", value
+    return ["train.py", "--stage", name, *SMALL, "--data", whole / "scenes.zip", "--teacher",
+            whole / "teacher", "--out", out, *words]
+
+
+def copy_of(whole, folder, *stages):
+    """A copy of the demo's plain lane with some of its stages."""
+    for name in stages:
+        shutil.copytree(whole / "plain" / name, folder / name)
+    return folder
+
+
+def log_of(folder):
+    """The lines of a stage's log, without what tells of the machine."""
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in demo.pictures.SPEED} for line in lines]
+
+
+def test_the_demo_writes_a_report_with_all_figures_and_pictures(whole):
+    figures, text = train.read_json(whole / "report.json"), (whole / "report.md").read_text()
+    plain, said = figures["plain"], whole.with_suffix(".txt").read_text()
+    for word, count in {"reconstructions": 4, "cosine": 2, "probe": 1, "guidance": 6, "FD": 5,
+                        "from latents": 2, "generated latents": 2}.items():
+        assert sum(word in name for name in plain) == count
+    assert all(name in text and name in said for name in plain) and len(plain) == 15
+    assert plain.keys() == figures["aligned"].keys()
+    assert np.isfinite([*plain.values(), *figures["aligned"].values()]).all()
     assert ("is reached" in text) != ("is not reached" in text)
-    for name in text.split("](")[1:]:
-        picture = Image.open(whole / name.split(")")[0])
-        assert picture.width > 100 and len(picture.resize((50, 50)).getcolors(2500)) > 5, f"{name} is blank"
-    for phase in ("teacher", "evaluator", "plain/vae", "aligned/align", "plain/sit", "aligned/samples", "report"):
-        assert f"| {phase} |" in text
+    names = [name.split(")")[0] for name in text.split("](")[1:]]
+    assert {"reconstructions.png", "samples.png", "samples-guided.png", "tasks.png",
+            "embedding.png", "aligned/samples-tasks.png"} <= set(names)
+    for name in names:
+        picture = Image.open(whole / name)
+        colors = picture.resize((50, 50)).getcolors(2500)
+        assert picture.width > 100 and len(colors) > 5, f"{name} is blank"
+    for name in ("scenes", "teacher", "judge", "plain/vae", "aligned/align", "aligned/samples"):
+        assert f"| {name} |" in text
 
 
-def test_the_chain_does_nothing_twice(whole):
-    files = {p: p.stat().st_mtime_ns for suffix in ("safetensors", "npz") for p in whole.rglob(f"*.{suffix}")}
-    assert len(files) >= 10
-    done = command("train.py", "--out", whole, "--steps", 6, "--num-samples", 20, *SMALL, fresh=True)
-    assert "12 of 12 jobs are done already" in done.stdout
-    assert files == {p: p.stat().st_mtime_ns for p in files}
+def test_the_demo_does_nothing_twice(whole):
+    """Its commands are printed, and each says that it is done already."""
+    endings = ("safetensors", "npz", "npy", "pth")
+    files = [path for ending in endings for path in whole.rglob(f"*.{ending}")]
+    written = {path: path.stat().st_mtime_ns for path in files}
+    said = command("demo", "--out", whole, *DEMO, fresh=True).stdout
+    assert len(written) >= 16 and said.count("is done already") == 13        # stages and samples
+    assert said.count("$ python train.py") == 5 and said.count("$ python sample.py") == 4
+    assert written == {path: path.stat().st_mtime_ns for path in written}
+
+
+def test_the_demo_takes_images_of_ones_own(whole, tmp_path):
+    """They have no masks and no depth: its report has the other figures."""
+    shutil.copy(whole / "scenes.zip", tmp_path / "solids.zip")
+    command("demo", "--data", tmp_path / "solids.zip", "--out", tmp_path / "run", "--steps", 3,
+            "--num", 20, fresh=True)
+    figures = train.read_json(tmp_path / "run" / "report.json")
+    assert figures["aligned"]["FD of samples, no guidance"] >= 0
+    assert "masks from latents, mIoU" not in figures["plain"]
+    moments = np.load(tmp_path / "run" / "plain" / "latents" / "moments.npy", mmap_mode="r")
+    assert moments.shape[:2] == (2, 900) and not np.array_equal(*moments), "also mirrored"
+    assert list(np.load(tmp_path / "run" / "aligned" / "samples-tasks.npz")) == ["features"]
+
+
+def test_without_flags_train_py_is_the_demo():
+    script = "import os, train; os.execv = lambda *given: print(given); train.main([])"
+    done = subprocess.run([sys.executable, "-c", script], cwd=HERE, capture_output=True, text=True)
+    assert repr([sys.executable, "-m", "demo"]) in done.stdout
+    assert "--stage" in refused("train.py", "--data", "x")
 
 
 def test_weights_of_a_run_are_in_published_formats(whole):
     theirs = diffusers.AutoencoderKL.from_pretrained(whole / "aligned" / "align")
-    assert len(theirs.config.latents_std) == 4
+    assert len(theirs.config.latents_std) == 8
     checkpoint = torch.load(whole / "plain" / "sit" / "checkpoint.pt", weights_only=True)
-    assert set(checkpoint) == {"step", "pending", "nonfinite", "net", "ema", "opt"} and checkpoint["step"] == 6
+    assert set(checkpoint) == {"step", "log", "net", "ema", "opt"} and checkpoint["step"] == 6
     source = sample.load_run(whole / "plain", "sit")
-    assert source.module is sit and source.model.num_classes == 10 and source.classes[4] == "torus"
+    assert source.module is sit and source.model.num_classes == 10 and source.classes[8] == "torus"
 
 
-def test_latents_have_the_statistics_that_the_autoencoder_tells(whole):
-    autoencoder = vae.AutoencoderKL.from_pretrained(whole / "plain" / "vae")
-    moments = torch.from_numpy(np.load(whole / "plain" / "latents" / "moments.npy").astype(np.float32))[0]
-    assert moments.shape == (240, 8, 8, 8)
-    mean, std = moments.chunk(2, dim=1)
-    z = autoencoder.normalize(one_deviation_off(mean, std))
-    torch.testing.assert_close(z.mean((0, 2, 3)), torch.zeros(4), atol=3e-3, rtol=0)
-    torch.testing.assert_close(z.std((0, 2, 3)), torch.ones(4), atol=3e-3, rtol=0)
+def test_latents_are_normalised_by_their_own_statistics(whole):
+    """meta.json has mean and deviation of samples of q(z | x); sit and sample.py use these."""
+    latents = train.Latents(whole / "plain" / "latents")
+    assert latents.moments.shape == (1, 900, 16, 8, 8)
+    mean, std = torch.from_numpy(latents.moments[0].astype(np.float32)).chunk(2, dim=1)
+    z = one_deviation_off(mean, std)
+    autoencoder = sample.load_run(whole / "plain", "sit").vae
+    for name, measured in (("mean", z.mean((0, 2, 3))), ("std", z.std((0, 2, 3)))):
+        found = getattr(latents, name)
+        torch.testing.assert_close(torch.tensor(found), measured, atol=3e-3, rtol=0)
+        assert autoencoder.config[f"latents_{name}"] == found
+    x = autoencoder.normalize(z)
+    torch.testing.assert_close(x.mean((0, 2, 3)), torch.zeros(8), atol=3e-3, rtol=0)
+    torch.testing.assert_close(x.std((0, 2, 3)), torch.ones(8), atol=3e-3, rtol=0)
 
 
-def copy_of(whole, folder, *stages):
-    """A copy of the plain arm with some of its stages."""
-    for stage in stages:
-        shutil.copytree(whole / "plain" / stage, folder / stage)
-    return folder
-
-
-def log_without_rates(path):
-    lines = [json.loads(line) for line in (path / "log.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in train.SPEED} for line in lines]
+def test_statistics_keep_their_digits_where_a_mean_is_large():
+    rng = np.random.default_rng(0)
+    moments = np.empty((2, 300, 4, 4, 4), np.float16)    # 300: not a whole number of blocks
+    moments[:, :, 0] = rng.normal(100, 0.3, (2, 300, 4, 4))
+    moments[:, :, 1] = rng.normal(-1, 2, (2, 300, 4, 4))
+    moments[:, :, 2], moments[:, :, 3] = 0.4, rng.uniform(0, 1, (2, 300, 4, 4))
+    means, stds = np.split(moments.astype(np.float64), 2, axis=2)
+    variance = means.var((0, 1, 3, 4)) + (stds ** 2).mean((0, 1, 3, 4))
+    mean, std = train.statistics(moments, "channel")
+    np.testing.assert_allclose(mean, means.mean((0, 1, 3, 4)), rtol=1e-12)
+    np.testing.assert_allclose(std, np.sqrt(variance), rtol=1e-9)
+    assert std[0] == pytest.approx(0.5, abs=0.01)        # sqrt(0.3^2 + 0.4^2)
+    mean, std = train.statistics(moments, "one")         # Stable Diffusion's: no mean, one scale
+    z = means + stds * rng.standard_normal(stds.shape)
+    assert mean == [0, 0] and std[0] == std[1] == pytest.approx(z.std(), rel=0.01)
 
 
 def until_it_has_logged(child, log, lines):
     while not (log.is_file() and len(log.read_text().splitlines()) >= lines):
-        assert child.poll() is None, "it ended before it was killed"
+        assert child.poll() is None, "it ended before it was stopped"
         time.sleep(0.01)
 
 
-def same_end(a, b, stage="sit"):
-    """Two runs of a stage with the same weights, averages, optimiser and log, bit for bit."""
-    assert (a / stage / "ema.safetensors").read_bytes() == (b / stage / "ema.safetensors").read_bytes()
-    assert log_without_rates(a / stage) == log_without_rates(b / stage)
-    a, b = (torch.load(run / stage / "checkpoint.pt", weights_only=True) for run in (a, b))
-    for name, state in a["opt"]["state"].items():
-        assert all(torch.equal(v, b["opt"]["state"][name][k]) for k, v in state.items())
+def same_end(a, b):
+    """Two runs of SiT with the same weights, averages, optimiser and log, bit for bit."""
+    a, b = a / "sit", b / "sit"
+    assert (a / "ema.safetensors").read_bytes() == (b / "ema.safetensors").read_bytes()
+    assert log_of(a) == log_of(b)
+    a, b = (torch.load(folder / "checkpoint.pt", weights_only=True)["opt"] for folder in (a, b))
+    for name, state in a["state"].items():
+        assert all(torch.equal(value, b["state"][name][key]) for key, value in state.items())
 
 
 def test_a_stopped_stage_ends_like_one_that_ran_through(whole, tmp_path):
-    """Killed between checkpoints; asked to stop, between two lines of the log, also by Ctrl-C while workers load the
-    images; its last checkpoint cut off."""
+    """Killed between checkpoints, its workers left behind; killed while saving; asked to stop,
+    between two lines of the log, also by Ctrl-C while workers load; its last checkpoint cut off, or
+    with one bit flipped. While it lives nobody else may work in its folder."""
     through, stopped = (copy_of(whole, tmp_path / name, "vae", "latents") for name in "ab")
-    stage = ["--stage", "sit", "--scenes", "240", "--batch-size", "8", "--steps", "120", "--log-every", "5",
-             "--save-every", "10", "--vae", str(whole / "plain" / "vae")]
-    command("train.py", "--out", through, *stage)
-    folder, env = stopped / "sit", {**os.environ, "OMP_NUM_THREADS": "1"}
-    words = [sys.executable, "train.py", "--out", str(stopped), *stage]
-    for kind, lines in ((signal.SIGKILL, 5), ("saving", 9), (signal.SIGTERM, 13), (signal.SIGINT, 16)):
-        more = ["--workers", "1"] if kind == signal.SIGINT else []
-        child = subprocess.Popen([*words, *more], cwd=HERE, env=env, stderr=subprocess.PIPE, text=True,
-                                 start_new_session=True)
-        until_it_has_logged(child, folder / "log.jsonl", lines)                  # past a checkpoint, before the end
+    flags = dict(steps=120, log_every=5, save_every=10)
+    command(*stage(whole, "sit", through, **flags))
+    words, folder = stage(whole, "sit", stopped, **flags), stopped / "sit"
+    for kind, lines, workers in ((signal.SIGKILL, 5, 1), ("saving", 9, 0), (signal.SIGTERM, 13, 0),
+                                 (signal.SIGINT, 16, 1)):
+        child = start(*words, "--workers", workers, start_new_session=True)
+        until_it_has_logged(child, folder / "log.jsonl", lines)      # past a checkpoint
+        if kind == signal.SIGTERM:
+            assert "another process works in" in refused(*words)
         if kind == "saving":
             kind = signal.SIGKILL
             while not list(folder.glob(".checkpoint.pt.*")):
                 assert child.poll() is None, "it was not seen saving"
-        os.killpg(child.pid, kind) if kind == signal.SIGINT else child.send_signal(kind)    # as a terminal does
-        errors = child.communicate()[1]
-        assert child.returncode == (-kind if kind == signal.SIGKILL else 128 + kind), errors[-2000:]
+        if kind == signal.SIGINT:
+            os.killpg(child.pid, kind)                   # as a terminal does
+        else:
+            child.send_signal(kind)
+        _, errors = child.communicate()
+        expected = -kind if kind == signal.SIGKILL else 128 + kind
+        assert child.returncode == expected, errors[-2000:]
         assert not (folder / "ema.safetensors").exists() and "Traceback" not in errors
-        if kind != signal.SIGKILL:                                               # nothing after the checkpoint was done
+        if kind != signal.SIGKILL:                       # nothing after the checkpoint was done
             step = torch.load(folder / "checkpoint.pt", weights_only=True)["step"]
-            assert max(line["step"] for line in log_without_rates(folder)) <= step < 120
-    checkpoint = (folder / "checkpoint.pt").read_bytes()
-    (folder / "checkpoint.pt").write_bytes(checkpoint[:len(checkpoint) // 2])
-    assert f"{folder}/checkpoint.pt is damaged" in command(*words[1:]).stderr
+            assert max(line["step"] for line in log_of(folder)) <= step < 120
+    path = folder / "checkpoint.pt"
+    path.write_bytes(path.read_bytes()[:-path.stat().st_size // 2])
+    assert f"{path} is damaged" in command(*words).stdout
     same_end(through, stopped)
-    assert not list(folder.glob(".*")), "what a kill left half written is gone"
+    assert [path.name for path in folder.glob(".*")] == [".lock"], "what a kill left is gone"
+    (folder / "ema.safetensors").unlink()                # a kill at the very end
+    damaged = bytearray(path.read_bytes())
+    damaged[len(damaged) // 2] ^= 1                      # in the weights, which torch.load believes
+    path.write_bytes(damaged)
+    assert "the checksum of" in command(*words).stdout
+    same_end(through, stopped)
 
 
-def test_killed_encoding_goes_on_where_it_stopped(whole, tmp_path):
-    """The latents are those of an uninterrupted run, of any number of processes; what was written is kept."""
-    root = write_images(tmp_path / "images", count=160)
-    stage = ["train.py", "--stage", "latents", "--data", str(root), "--batch-size", "1", "--vae",
-             str(whole / "plain" / "vae"), "--out"]
-    command(*stage, tmp_path / "a", processes=2)
-    folder = tmp_path / "b" / "latents"
-    child = subprocess.Popen([sys.executable, *stage, str(tmp_path / "b")], cwd=HERE, stderr=subprocess.PIPE,
-                             env={**os.environ, "OMP_NUM_THREADS": "1"})
-    work = folder / ".moments.npy.partial"
-    while not (work / "options.json").is_file() or np.load(work / "done.npy").sum() < 100:
+def kill_at_work(words, work, rows):
+    """Kill a program that fills arrays in the folder `work`; returns which rows are done."""
+    child = start(*words)
+    while not (work / "options.json").is_file() or np.load(work / "done.npy").sum() < rows:
         assert child.poll() is None, "it ended before it was killed"
     child.kill()
     child.communicate()
+    done = np.load(work / "done.npy")
+    assert rows <= done.sum() < done.size
+    return np.flatnonzero(done)
+
+
+def mark(path, row):
+    """Other values in a row that is done, which tell that it is not done again."""
+    array = np.load(path, mmap_mode="r+")
+    array.reshape(-1, *array.shape[-3:])[row] = 7
+    array.flush()
+
+
+def test_killed_encoding_goes_on_where_it_stopped(whole, tmp_path):
+    """The latents are those of an uninterrupted run, of any number of processes; what was written
+    is kept."""
+    flags, folder = dict(batch_size=1, vae=whole / "plain" / "vae"), tmp_path / "b" / "latents"
+    command(*stage(whole, "latents", tmp_path / "a", **flags), processes=2)
+    words, work = stage(whole, "latents", tmp_path / "b", **flags), folder / ".moments.npy.partial"
+    row = kill_at_work(words, work, 100)[0]
     assert not (folder / "moments.npy").exists()
-    kept = np.load(work / "done.npy")
-    assert 100 <= kept.sum() < kept.size == 640
-    moments = np.load(work / "encoded.npy", mmap_mode="r+")
-    moments[0, 5] = 7                                                            # a mark in what is done
-    moments.flush()
-    command(*stage, tmp_path / "b")
+    mark(work / "moments.npy", row)
+    command(*words)
     a, b = (np.load(tmp_path / name / "latents" / "moments.npy") for name in "ab")
-    assert (b[0, 5] == 7).all()
-    b[0, 5] = a[0, 5]
-    assert a.tobytes() == b.tobytes() and not list(folder.glob(".*"))
+    assert (b[0, row] == 7).all()
+    b[0, row] = a[0, row]
+    assert a.tobytes() == b.tobytes() and [path.name for path in folder.glob(".*")] == [".lock"]
+    a, b = (train.Latents(folder / "latents") for folder in (tmp_path / "a", whole / "plain"))
+    np.testing.assert_allclose(a.moments.astype(float), b.moments.astype(float), atol=4e-3)
+    np.testing.assert_allclose([a.mean, a.std], [b.mean, b.std], atol=1e-3)
+    assert torch.equal(a.labels, b.labels) and a.classes == b.classes
 
 
-def test_a_step_that_is_not_finite_stops_the_run_or_is_passed_over(whole, tmp_path):
-    out, cfg = copy_of(whole, tmp_path / "a", "vae", "latents"), train.resolve(dict(batch_size=8), "sit")
-    data = train.ImageFolder.__new__(train.ImageFolder)
-    data.files = range(240)
-    batches = [{i for i, _ in keys} for keys in train.StepSampler(data, cfg, 0, 60)]     # two epochs
-    image = min(batches[12])
-    drawn = [step + 1 for step, batch in enumerate(batches) if image in batch]
-    assert drawn[0] == 13 and len(drawn) == 2
-    moments = np.load(out / "latents" / "moments.npy", mmap_mode="r+")
-    moments[0, image] = np.nan
-    moments.flush()
-    stage = ["train.py", "--stage", "sit", "--scenes", 240, "--batch-size", 8, "--steps", 60, "--log-every", 5,
-             "--save-every", 5, "--vae", whole / "plain" / "vae", "--out", out]
-    done = command(*stage, check=False)
-    line = [line for line in done.stderr.splitlines() if line.strip()][-1]
-    assert done.returncode == 2 and f"step {drawn[0]} is not finite: loss nan" in line and "--skip-nonfinite 0" in line
-    assert f"the last good checkpoint is {out}/sit/checkpoint.pt" in line
-    state = torch.load(out / "sit" / "checkpoint.pt", weights_only=True)
-    assert state["step"] < drawn[0] and all(v.isfinite().all() for v in state["net"].values())
-    done = command(*stage, "--skip-nonfinite", 1, check=False)
-    assert done.returncode == 2 and f"step {drawn[1]} is not finite" in done.stderr and "1 so far" in done.stderr
-    command(*stage, "--skip-nonfinite", 2)
-    state = torch.load(out / "sit" / "checkpoint.pt", weights_only=True)
-    assert state["nonfinite"] == 2 and {s["step"].item() for s in state["opt"]["state"].values()} == {58}
-    assert all(v.isfinite().all() for part in ("net", "ema") for v in state[part].values())
-    assert [line["step"] for line in log_without_rates(out / "sit")] == list(range(5, 61, 5))
+def test_what_is_not_finite_stops_a_stage(whole, tmp_path):
+    """Training, with the last good checkpoint named and none after it; encoding, with images."""
+    cfg = train.resolve("sit", dict(out="x", batch_size=8, steps=60))
+    batches = [{i for i, _ in keys} for keys in train.keys_of_steps(900, False, cfg, 0)]
+    for name, images in (("one", [min(batches[12])]), ("all", slice(None))):
+        out = copy_of(whole, tmp_path / name, "vae", "latents")
+        moments = np.load(out / "latents" / "moments.npy", mmap_mode="r+")
+        moments[0, images] = np.nan
+        moments.flush()
+        line = refused(*stage(whole, "sit", out, steps=60, log_every=5, save_every=5))
+        path = out / "sit" / "checkpoint.pt"
+        good = f"the last good checkpoint is {path}" if name == "one" else "no checkpoint yet"
+        assert "is not finite in the last 5 steps" in line and good in line
+        assert path.is_file() == (name == "one")
+    state = torch.load(tmp_path / "one" / "sit" / "checkpoint.pt", weights_only=True)
+    assert state["step"] == 10
+    assert all(x.isfinite().all() for part in ("net", "ema") for x in state[part].values())
+    autoencoder = vae.AutoencoderKL.from_pretrained(whole / "plain" / "vae")
+    autoencoder.quant_conv.bias.data[0] = 1e5            # more than float16 holds
+    autoencoder.save_pretrained(tmp_path / "wild" / "vae")
+    line = refused(*stage(whole, "latents", tmp_path / "wild"))
+    assert "latents of images 0 to 7 are not finite, or beyond float16" in line
+    assert not (tmp_path / "wild" / "latents" / "meta.json").exists()
 
 
 def test_options_of_the_optimiser_do_what_they_say(whole, tmp_path):
-    """A tiny limit on the gradient leaves nothing of a step but the decay of weights; labels are dropped as often as
-    stated; and a compiled network learns the same."""
+    """A tiny limit on the gradient leaves nothing of a step but the decay of weights; labels are
+    dropped as often as stated; and a compiled network learns the same."""
+    def compiled(net):                                   # needs no compiler of C++
+        net._compiled_call_impl = torch.compile(net._call_impl, backend="aot_eager")
+
     states = {}
     for name, options in {"plain": [], "decay": ["--clip", 1e-20, "--weight-decay", 0.5],
                           "compiled": ["--compile"], "dropped": ["--label-dropout", 1]}.items():
         out = copy_of(whole, tmp_path / name, "vae", "latents")
-        words = ["--stage", "sit", *SMALL, "--steps", 4, "--lr", 0.01, "--warmup", 0, "--decay", 1, "--vae",
-                 whole / "plain" / "vae", "--out", out, *options]
-        with mock.patch.object(nn.Module, "compile", lambda net: setattr(
-                net, "_compiled_call_impl", torch.compile(net._call_impl, backend="aot_eager"))):
-            train.main(list(map(str, words)))
+        with mock.patch.object(nn.Module, "compile", compiled):
+            command(*stage(whole, "sit", out, *options, steps=4, lr=0.01, warmup=0, decay=1))
         states[name] = torch.load(out / "sit" / "checkpoint.pt", weights_only=True)["net"]
-    name, last = "blocks.0.mlp.fc1.weight", "final_layer.linear.weight"             # the last one begins at zero
-    first = train.new_transformer(train.resolve({}, "sit"), 4, 8, 10)[0].state_dict()
-    assert states["decay"][last].abs().max() < 1e-9 and states["plain"][last].abs().max() > 1e-3
+    cfg = train.resolve("sit", dict(out="x", preset="small"))
+    first, _ = train.new_transformer(cfg, train.Latents(whole / "plain" / "latents"))
+    first, last = first.state_dict(), "final_layer.linear.weight"    # the last one begins at zero
+    assert states["decay"][last].abs().max() < 1e-9 < 1e-3 < states["plain"][last].abs().max()
+    name, table = "blocks.0.mlp.fc1.weight", "y_embedder.embedding_table.weight"
     torch.testing.assert_close(states["decay"][name], first[name] * (1 - 0.01 * 0.5) ** 4)
     for key, value in states["plain"].items():
-        torch.testing.assert_close(states["compiled"][key], value, rtol=1e-3, atol=1e-5, msg=lambda m: f"{key}: {m}")
-    table = "y_embedder.embedding_table.weight"
+        torch.testing.assert_close(states["compiled"][key], value, rtol=1e-3, atol=1e-5)
     moved = (states["dropped"][table] != first[table]).any(1)
-    assert moved.tolist() == [False] * 10 + [True] and (states["plain"][table] != first[table]).any(1)[:10].any()
+    assert moved.tolist() == [False] * 10 + [True]
+    assert (states["plain"][table] != first[table]).any(1)[:10].any()
 
 
-# "Gflops" in table 4 of Peebles and Xie (arXiv 2212.09748): multiply-adds of one forward pass at 256 px
-@pytest.mark.parametrize("name, wanted", [("DiT-B/2", 23.01), ("DiT-XL/2", 118.64)])
-def test_flops_are_those_of_the_paper(name, wanted):
-    cfg = train.resolve(dict(preset="imagenet", stage="dit", model=name, batch_size=2, precision="fp32"), "dit")
-    net, config = train.new_transformer(cfg, 4, 32, 1000)
-    plan = train.diffusion_plan(cfg, range(10), net, config)
-    assert plan.flops / 3 / 2e9 == pytest.approx(wanted, rel=4e-4)               # backward: two products for each one
-    assert plan.tokens == (32 // int(name[-1])) ** 2
-
-
-@pytest.mark.parametrize("row", [name for name in train.PRESETS if name != "imagenet"])
-def test_presets_are_rows_of_the_paper(row, tmp_path, capsys):
-    """The dry run tells length and cost, names what is missing, and writes nothing."""
-    family, size, patch, steps = row.split("-")
-    steps = int(steps[:-1]) * {"k": 1000, "m": 1_000_000}[steps[-1]]
-    cfg = train.resolve({"preset": row}, family)
-    assert cfg.model.lower() == f"{family}-{size}/{patch}" and cfg.steps == steps and cfg.batch_size == 256
-    assert (cfg.lr, cfg.weight_decay, cfg.ema, cfg.label_dropout, cfg.warmup, cfg.decay, cfg.clip, cfg.image_size) == (
-        1e-4, 0.0, 0.9999, 0.1, 0, 1.0, 0.0, 256)
-    assert train.resolve({"preset": row, "lr": 3e-4}, family).lr == 3e-4
-    for stage in ("vae", "align", "latents"):
-        assert train.resolve({"preset": row}, stage).channels == (128, 256, 512, 512)
-    other = {"sit": "dit", "dit": "sit"}[family]
-    with pytest.raises(SystemExit):
-        train.resolve({"preset": row}, other)
-    if row == "sit-b-2-4m":
-        words = ["--preset", row, "--stage", family, "--scenes", "20", "--dry-run", "--out", str(tmp_path / "x")]
-        with pytest.raises(SystemExit):
-            train.main(words)
-        out, err = capsys.readouterr()
-        assert f"{steps:,} steps, {steps * 256:,} images" in out and f"{steps * 256 * 256:,} tokens" in out
-        assert "GPU hours at 40% of the bf16 peak" in out and "vae/config.json not found" in err
-        assert not (tmp_path / "x").exists()
-
-
-@pytest.mark.parametrize("words, out", [
-    ([], "runs/scenes"), (["--stage", "study"], "runs/scenes-study")])
-def test_runs_have_folders_of_their_own(words, out):
-    done = command("train.py", "--dry-run", *words)
-    folders = {job.split("--out ")[1].split()[0] for job in done.stdout.splitlines()}
-    assert all(folder == out or folder.startswith(f"{out}/") for folder in folders) and len(folders) > 2
+def test_defaults_are_the_papers():
+    """ImageNet at 256 px, as the official trainings of SiT and DiT; a flag stands above them."""
+    for name, network in (("sit", "SiT"), ("dit", "DiT")):
+        cfg = train.resolve(name, dict(data="imagenet"))
+        assert (cfg.model, cfg.steps, cfg.batch_size) == (f"{network}-XL/2", 400_000, 256)
+        assert (cfg.lr, cfg.weight_decay, cfg.clip, cfg.warmup, cfg.decay) == (1e-4, 0, 0, 0, 1)
+        assert (cfg.ema, cfg.label_dropout, cfg.image_size) == (0.9999, 0.1, 256)
+        assert train.resolve(name, dict(data="imagenet", lr=3e-4)).lr == 3e-4
+    cfg = train.resolve("align", dict(data="folder/imagenet.zip"))
+    assert cfg.channels == (128, 256, 512, 512) and cfg.out == "runs/imagenet"
+    told = command("train.py", "--help").stdout
+    for group in ("run", "data", "training", "autoencoder", "alignment", "diffusion"):
+        assert f"\n{group}:\n" in told
+    assert "--align-form" not in told, "what only an ablation changes is no flag"
 
 
 def test_a_dry_run_checks_everything_and_writes_nothing(whole, tmp_path):
-    done = command("train.py", "--dry-run", "--out", tmp_path / "x", *SMALL)
-    assert done.stdout.count("--stage") == 8 and "sample.py" in done.stdout and not (tmp_path / "x").exists()
-    done = command("train.py", "--dry-run", "--stage", "align", "--teacher", whole / "teacher", "--out", tmp_path / "x",
-                   "--precision", "fp32", *SMALL, "--batch-size", 64, "--channels", 32, 64, 64)
-    assert "1400 steps" in done.stdout.replace(",", "") and "M parameters" in done.stdout
+    words = stage(whole, "align", tmp_path / "x", "--dry-run")
+    said = command(*words).stdout
+    assert "M parameters" in said and '"steps": 1400' in said and "900 images of 10 classes" in said
+    assert "teacher's patches" in refused(*words, "--teacher-size", 30)
     assert not (tmp_path / "x").exists()
 
 
-def test_memory_is_counted_as_long_as_a_tensor_lives():
-    net = nn.Sequential(nn.Linear(10, 10), nn.BatchNorm1d(10))
-    net[0].weight.requires_grad_(False)
-    shape = train.on_meta(net)
-    assert [p.requires_grad for p in shape.parameters()] == [False, True, True, True]
-    assert all(t.is_meta for t in (*shape.parameters(), *shape.buffers())) and not net[0].weight.is_meta
-    with train.MemoryCount() as memory:
-        a = torch.empty(1000, device="meta")
-        b = a + 1
-        assert memory.now == 8000
-        a.add_(b.view(10, 100).flatten())                                        # in place, and views: nothing new
-        assert memory.now == 8000
-        del b
-        assert memory.now == 4000
-        c = a.double()
-        assert memory.now == memory.most == 12000
-        del a, c
-    assert memory.now == 0
+def test_several_stages_follow_each_other_and_none_is_done_twice(whole, tmp_path):
+    """Also with both flips, of images without class folders, in bfloat16; weights are float32."""
+    root, out = write_images(tmp_path / "solids", ["."], 40), tmp_path / "run"
+    words = [*stage(whole, "vae", out), "--stage", "vae", "latents", "sit", "dit", "--data", root,
+             "--flip", "--steps", 2, "--precision", "bf16", "--gradient-checkpointing"]
+    assert "done already" not in command(*words).stdout
+    assert np.load(out / "latents" / "moments.npy", mmap_mode="r").shape == (2, 38, 8, 8, 8)
+    assert sample.load_run(out, "dit").classes == ["solids"]
+    for name in ("vae", "sit", "dit"):
+        net = torch.load(out / name / "checkpoint.pt", weights_only=True)["net"]
+        assert {value.dtype for value in net.values()} == {torch.float32}
+    assert command(*words).stdout.count("is done already") == 4
 
 
-def test_nothing_holds_a_device_of_its_own():
-    """Networks, losses and samplers on the meta device, where a tensor on the CPU would not fit in."""
-    def empty(*shape, dtype=torch.float32):
-        return torch.empty(shape, dtype=dtype, device="meta")
-
-    autoencoder = train.on_meta(vae.AutoencoderKL(block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=8,
-                                                  latents_mean=[0.0] * 4, latents_std=[1.0] * 4))
-    teacher = train.on_meta(align.DINOv2(embed_dim=24, depth=2, num_heads=2))
-    heads = train.on_meta(align.AlignmentHeads(4, 24, 8, 2))
-    discriminator = train.on_meta(vae.PatchDiscriminator(ndf=8))
-    x, y = empty(2, 3, 64, 64), empty(2, dtype=torch.long)
-    rec, posterior, z = autoencoder(x)
-    loss, _ = vae.autoencoder_loss(x, rec, posterior, perceptual_weight=1.0, lpips=train.on_meta(vae.LPIPS()),
-                                   disc_weight=1.0, discriminator=discriminator,
-                                   last_layer=autoencoder.decoder.conv_out.weight)
-    target = heads.standardize(*align.teacher_tokens(teacher, x, 224))
-    (loss + align.align_loss(*heads(z), *target)[0]).backward()
-    vae.hinge_d_loss(discriminator(x), discriminator(rec.detach())).backward()
-    assert vae.psnr(x, rec).is_meta and vae.ssim(x, rec).is_meta and posterior.kl().is_meta
-    assert train.on_meta(align.SegmentationHead(24, 5))(empty(2, 24, 4, 4)).is_meta
-    assert train.on_meta(align.DepthHead(24))(empty(2, 24, 4, 4), empty(2, 24)).is_meta
-    z = empty(2, 4, 8, 8)
-    for module, samplers in ((sit, sit.ODE_SAMPLERS + sit.SDE_SAMPLERS), (dit, ("ddpm", "ddim"))):
-        net = train.on_meta(module.create(f"{module.__name__[0].upper()}iT-S/2", input_size=8, num_classes=5))
-        t = empty(2) if module is sit else y
-        module.training_loss(net, z, y, t=t, eps=z).mean().backward()
-        for name in samplers:
-            if name != "dopri5":                                                 # which looks at the error of its steps
-                with mock.patch.object(module, "check_sampling"):                # and this at the labels
-                    out = module.sample(net, z, y, sampler=name, num_steps=3, cfg_scale=2.0, noise=lambda i: z)
-                assert autoencoder.decode(autoencoder.denormalize(out)).sample.is_meta
-    assert all(part.is_meta for part in train.on_meta(fid.InceptionV3())(empty(2, 3, 299, 299)))
+def test_an_autoencoder_that_is_frozen_stays_as_it_is(whole, tmp_path):
+    """--init FOLDER --freeze: not a bit of it moves, and the MLPs learn to read it."""
+    plain, name = whole / "plain", "diffusion_pytorch_model.safetensors"
+    for file in (name, "config.json"):
+        assert (plain / "vae" / file).read_bytes() == (plain / "align" / file).read_bytes()
+    command(*stage(whole, "align", tmp_path, "--freeze", init=plain / "vae", align_hidden=64,
+                   steps=40, warmup=0, log_every=10, save_every=40))
+    assert (tmp_path / "align" / name).read_bytes() == (plain / "vae" / name).read_bytes()
+    *lines, figures = log_of(tmp_path / "align")
+    a, b, c, d = (line["align"] for line in lines)
+    assert c + d < a + b - 0.1 and "mse" not in lines[0]
+    assert figures.keys() == {"step", "held_out_psnr", "held_out_cos_patch", "held_out_cos_cls"}
 
 
 def test_torchrun_starts_again_what_one_process_lost(whole, tmp_path):
-    """A signal reaches one of two processes: asked to stop, both save at the same step; killed, both end. torchrun
-    starts them again."""
-    stage = ["--stage", "sit", "--scenes", "240", "--batch-size", "8", "--steps", "90", "--log-every", "5",
-             "--save-every", "10", "--vae", str(whole / "plain" / "vae")]
+    """A signal reaches one of two processes: asked to stop, both save at the same step; killed,
+    both end. torchrun starts them again, also while workers of the dead one are about."""
+    flags = dict(steps=90, log_every=5, save_every=10)
     through = copy_of(whole, tmp_path / "through", "vae", "latents")
-    command("train.py", "--out", through, *stage, processes=2)
-    for kind, told in ((signal.SIGTERM, "143"), (signal.SIGKILL, "-9")):
+    command(*stage(whole, "sit", through, **flags), processes=2)
+    for kind, rank, told in ((signal.SIGTERM, 1, "143"), (signal.SIGKILL, 0, "-9")):
         stopped = copy_of(whole, tmp_path / told, "vae", "latents")
-        words = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=1", "--",
-                 "train.py", "--out", str(stopped), *stage]
         with both_cores():
-            child = subprocess.Popen([sys.executable, *words], cwd=HERE, stderr=subprocess.PIPE, text=True,
-                                     env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
+            child = start(*stage(whole, "sit", stopped, workers=1, **flags),
+                          launch=torchrun(2, "--max-restarts=1"))
             until_it_has_logged(child, stopped / "sit" / "log.jsonl", 5)
-            workers = Path(f"/proc/{child.pid}/task/{child.pid}/children").read_text().split()
-            ranks = {pid: Path(f"/proc/{pid}/environ").read_bytes() for pid in workers}
-            os.kill(next(int(pid) for pid, environ in ranks.items() if b"\0RANK=1\0" in environ), kind)
-            errors = child.communicate()[1]
+            children = Path(f"/proc/{child.pid}/task/{child.pid}/children").read_text().split()
+            ranks = {int(pid): Path(f"/proc/{pid}/environ").read_bytes() for pid in children}
+            os.kill(next(pid for pid, environ in ranks.items()
+                         if f"\0RANK={rank}\0".encode() in environ), kind)
+            _, errors = child.communicate()
         assert child.returncode == 0 and told in errors, errors[-3000:]
         same_end(through, stopped)
 
 
 def test_a_stage_goes_on_with_more_and_with_fewer_processes(whole, tmp_path):
-    """What one process saved goes on as two, also between two lines of the log, and the other way round."""
-    words = ["--stage", "sit", *SMALL, "--steps", 6, "--log-every", 2, "--save-every", 2, "--vae",
-             whole / "plain" / "vae"]
+    """What one process saved between two lines of the log goes on as two, and the other way."""
     out = copy_of(whole, tmp_path, "vae", "latents")
-    command("train.py", "--out", out, *words)
-    folder, log = out / "sit", log_without_rates(out / "sit")
-    for saved, processes in ((1, 2), (2, 1)):
+    words, folder = stage(whole, "sit", out, steps=6, log_every=2, save_every=2), out / "sit"
+    command(*words)
+    log = log_of(folder)
+    for saved, processes in ((1, 2), (2, 1)):            # after step 4, as if the line were due
         state = torch.load(folder / "previous.pt", weights_only=True)
-        scalars = {"loss": torch.tensor(1.0), "gradient": torch.tensor(1.0)}
-        state["pending"] = [[(state["step"], scalars)]] * saved
+        state["log"] = {"loss": (1.0 * saved, saved), "gradient": (1.0 * saved, saved)}
         torch.save(state, folder / "checkpoint.pt")
         (folder / "ema.safetensors").unlink()
-        command("train.py", "--out", out, *words, processes=processes)
-        again = log_without_rates(folder)
+        command(*words, processes=processes)
+        again = log_of(folder)
         assert again[:2] == log[:2] and again[2]["step"] == 6
         mixed = (saved + 2 * processes * log[2]["loss"]) / (saved + 2 * processes)
-        assert again[2]["loss"] == pytest.approx(mixed, rel=1e-4)                # a step before the stop, two after it
+        assert again[2]["loss"] == pytest.approx(mixed, rel=1e-4)
+
+
+def under_a_limit(kilobytes, *words):
+    """The last line of a program that may write no file larger than this; its exit status is 2."""
+    words = shlex.join([sys.executable, *map(str, words)])
+    done = subprocess.run(["bash", "-c", f"ulimit -f {kilobytes}; {words}"], cwd=HERE, text=True,
+                          capture_output=True)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    return last_line(done.stderr)
 
 
 def test_a_full_disk_leaves_the_checkpoint_before(whole, tmp_path):
-    out = copy_of(whole, tmp_path / "a", "vae", "latents")
-    stage = ["--stage", "sit", "--scenes", "240", "--batch-size", "8", "--steps", "20", "--log-every", "5",
-             "--save-every", "10", "--vae", str(whole / "plain" / "vae"), "--out", str(out)]
-    words = shlex.join([sys.executable, "train.py", *stage])
-    done = subprocess.run(["bash", "-c", f"ulimit -f 2000; {words}"], cwd=HERE, capture_output=True, text=True)
-    line = [line for line in done.stderr.splitlines() if line.strip()][-1]
-    assert done.returncode == 2 and "checkpoint.pt cannot be written at step 10" in line and "make room" in line
-    assert not list((out / "sit").glob("*.pt")) and not list((out / "sit").glob(".*"))
-    command("train.py", *stage)
+    """Training says so when it meets it, sampling before any work."""
+    line = under_a_limit(1000, "sample.py", "--run", whole / "plain", "--num", 400, "--out",
+                         tmp_path / "x.npz")
+    assert "cannot be written" in line and list(tmp_path.iterdir()) == []
+    out = copy_of(whole, tmp_path, "vae", "latents")
+    words = stage(whole, "sit", out, steps=20, log_every=5, save_every=10)
+    line = under_a_limit(2000, *words)
+    assert "checkpoint.pt cannot be written at step 10" in line and "make room" in line
+    assert not list((out / "sit").glob("*.pt*"))
+    command(*words)
     for name in ("checkpoint.pt", "previous.pt"):
         (out / "sit" / name).write_bytes(b"nothing")
     (out / "sit" / "ema.safetensors").unlink()
-    assert "no checkpoint that can be read" in command("train.py", *stage, check=False).stderr
+    assert "no checkpoint that can be read" in refused(*words)
 
 
 @pytest.fixture(scope="session")
 def lpips_cache(tmp_path_factory):
     """A cache folder with weights of LPIPS under their published names."""
     folder, lpips = tmp_path_factory.mktemp("cache"), filled_lpips(2 ** 0.5)
-    torch.save({f"features.{name}": value for name, value in lpips.features.state_dict().items()},
-               folder / "vgg16-397923af.pth")
+    vgg = {f"features.{name}": value for name, value in lpips.features.state_dict().items()}
+    torch.save(vgg, folder / "vgg16-397923af.pth")
     shutil.copy(published_lin(), folder / "vgg.pth")
     return str(folder)
 
 
-GAN = ["--perceptual-weight", 1, "--disc-weight", 0.5, "--disc-start", 1]
+GAN = ["--disc-weight", 0.5, "--disc-start", 1]
 
 
-@pytest.mark.parametrize("stage, options", [
-    ("vae", GAN), ("align", [*GAN[2:], "--align-adaptive"]), ("sit", []), ("dit", []), ("evaluator", [])])
-def test_two_processes_train_like_one(whole, tmp_path, lpips_cache, stage, options):
-    """In float64: all networks and optimisers agree to rounding, with the discriminator's batch norm and the adaptive
-    weights of both losses. Two nodes with a process each are two processes, too."""
+@pytest.mark.parametrize("name, options, parts", [
+    ("vae", ["--perceptual-weight", 1, *GAN], 1), ("vae", [], 2),
+    ("align", ["--align-adaptive", *GAN], 1), ("sit", [], 2), ("dit", [], 1)])
+def test_two_processes_train_like_one(whole, tmp_path, lpips_cache, monkeypatch, name, options,
+                                      parts):
+    """In float64: all networks and optimisers agree to rounding, with the discriminator's batch
+    norm and the adaptive weights of both losses, also where each process takes its share of a batch
+    in parts. Two nodes with a process each are two processes, too."""
+    outs = tmp_path / "one", tmp_path / "two"
+    for out in outs if name in ("sit", "dit") else ():
+        copy_of(whole, out, "vae", "latents")
+    flags = dict(steps=3, lr=1e-3, warmup=0, log_every=1, save_every=3)
+    env = {"PYTHONPATH": str(HERE), "REALS_CACHE": lpips_cache}
+    monkeypatch.setattr(train, "device", torch.device("cpu"))        # as that of the two
+    torch.set_default_dtype(torch.float64)
+    done = command(*stage(whole, name, outs[0], *options, **flags), check=False, **env)
+    torch.set_default_dtype(torch.float32)
+    assert done.returncode == 0, done.stderr
+
     script = tmp_path / "exact.py"
     script.write_text("import torch, train\ntorch.set_default_dtype(torch.float64)\ntrain.main()\n")
-    states = []
-    for name, launch in {
-            "one": [], "two": ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--"],
-            "nodes": ["-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d",
-                      f"--rdzv_endpoint=localhost:{free_port()}", "--"]}.items():
-        if name == ("two" if stage == "sit" else "nodes"):
-            continue
-        out = copy_of(whole, tmp_path / name, "vae", "latents") if stage in ("sit", "dit") else tmp_path / name
-        words = ["--stage", stage, "--out", out, *SMALL, "--steps", 3, "--lr", 1e-3, "--warmup", 0, *options]
-        words += {"align": ["--teacher", whole / "teacher"], "sit": ["--vae", whole / "plain" / "vae"],
-                  "dit": ["--vae", whole / "plain" / "vae"]}.get(stage, [])
-        env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE), "REALS_CACHE": str(lpips_cache)}
-        with both_cores():
-            children = [subprocess.Popen([sys.executable, *launch, str(script), *map(str, words)], env=env, text=True,
-                                         stderr=subprocess.PIPE) for _ in range(2 if name == "nodes" else 1)]
-            for child in children:
-                errors = child.communicate(timeout=200)[1]
-                assert child.returncode == 0, errors[-3000:]
-        states.append(torch.load(out / stage / "checkpoint.pt", weights_only=True))
-    for other in states[1:]:
-        for part in states[0].keys() & {"net", "ema", "discriminator"}:
-            for name, a in states[0][part].items():
-                assert a.dtype == torch.float64 or not a.is_floating_point() or "pos_embed" in name
-                torch.testing.assert_close(a, other[part][name], rtol=1e-9, atol=1e-9, msg=lambda m: f"{name}: {m}")
-        for a, b in zip(states[0]["opt"]["state"].values(), other["opt"]["state"].values()):
-            torch.testing.assert_close(a["exp_avg"], b["exp_avg"], rtol=1e-9, atol=1e-12)
+    nodes = ["-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1",
+             "--rdzv_backend=c10d", f"--rdzv_endpoint=localhost:{free_port()}", "--"]
+    launch, times = (nodes, 2) if name == "sit" else (torchrun(2), 1)
+    _, *words = stage(whole, name, outs[1], *options, accumulate=parts, **flags)
+    with both_cores():
+        for child in [start(script, *words, launch=launch, env=env) for _ in range(times)]:
+            _, errors = child.communicate(timeout=200)
+            assert child.returncode == 0, errors[-3000:]
+
+    one, two = (torch.load(out / name / "checkpoint.pt", weights_only=True) for out in outs)
+    for part in one.keys() & {"net", "ema", "discriminator"}:
+        for key, a in one[part].items():
+            assert a.dtype == torch.float64 or not a.is_floating_point() or "pos_embed" in key
+            torch.testing.assert_close(a, two[part][key], rtol=1e-9, atol=1e-9, msg=key)
+    for a, b in zip(one["opt"]["state"].values(), two["opt"]["state"].values(), strict=True):
+        torch.testing.assert_close(a["exp_avg"], b["exp_avg"], rtol=1e-9, atol=1e-12)
+    first, *_, last = [line for line in log_of(outs[1] / name) if "gradient" in line]
+    if options[:1] == ["--perceptual-weight"]:           # the GAN's parts come from its start on
+        assert one.keys() == {"step", "log", "net", "opt", "discriminator", "d_opt"}
+        assert {"mse", "kl", "lpips"} <= first.keys() and "gan" not in first
+        assert {"gan", "d_weight", "discriminator", "discriminator_gradient"} <= last.keys()
 
 
 def free_port():
@@ -2799,169 +2929,228 @@ def free_port():
         return probe.getsockname()[1]
 
 
-def test_lpips_and_gan_train_on_two_processes(tmp_path, lpips_cache):
-    """Every part of the loss is in the log, the GAN's from its start on."""
-    command("train.py", "--stage", "vae", "--out", tmp_path, *SMALL, "--steps", 3, "--log-every", 1, "--save-every", 1,
-            "--perceptual-weight", 1, "--disc-weight", 0.5, "--disc-start", 1, "--pixel-loss", "l1",
-            "--gradient-checkpointing", "--precision", "bf16", "--accumulate", 2, processes=2, REALS_CACHE=lpips_cache)
-    lines = log_without_rates(tmp_path / "vae")
-    assert {"l1", "kl", "lpips"} <= lines[0].keys() and "gan" not in lines[0] and "mse" not in lines[0]
-    assert {"l1", "kl", "lpips", "gan", "d_weight", "discriminator"} <= lines[-1].keys()
-    state = torch.load(tmp_path / "vae" / "checkpoint.pt", weights_only=True)
-    assert set(state) == {"step", "pending", "nonfinite", "net", "opt", "discriminator", "d_opt"}
-    assert all(v.dtype == torch.float32 for v in state["net"].values())
-
-
-@pytest.mark.parametrize("stage, weights", [("vae", "diffusion_pytorch_model.safetensors"), ("sit", "ema.safetensors")])
-def test_gradient_accumulation_changes_nothing(whole, tmp_path, stage, weights):
-    results = []
-    for parts, processes in ((1, 1), (2, 2)):
-        out = copy_of(whole, tmp_path / str(parts), "latents") if stage == "sit" else tmp_path / str(parts)
-        words = ["--vae", whole / "plain" / "vae"] if stage == "sit" else []
-        command("train.py", "--stage", stage, "--out", out, *words, *SMALL, "--steps", 3, "--lr", 1e-4,
-                "--accumulate", parts, processes=processes)
-        results.append(vae.load_weights(out / stage / weights))
-    for name, a in results[0].items():
-        torch.testing.assert_close(a, results[1][name], rtol=1e-3, atol=2e-5, msg=lambda m: f"{name}: {m}")
-
-
 def test_every_option_of_the_alignment(whole, tmp_path):
-    """From another autoencoder, to tokens of another grid, before the norm, by an adaptive weight."""
-    words = ["--stage", "align", "--out", tmp_path, "--teacher", whole / "teacher", *SMALL, "--steps", 3, "--log-every",
-             1, "--save-every", 1, "--init", whole / "plain" / "vae", "--teacher-size", 48, "--target", "prenorm",
-             "--align-form", "cosine", "--align-adaptive", "--pool", 1, "--cache-tokens", "--lr", 1e-9]
-    command("train.py", *words)
-    lines, config = log_without_rates(tmp_path / "align"), json.loads((tmp_path / "align" / "heads.json").read_text())
+    """From another autoencoder, to tokens of another grid, before the norm, by an adaptive weight;
+    what is no flag is set from Python."""
+    plain = whole / "plain" / "vae"
+    words = stage(whole, "align", tmp_path, "--align-adaptive", init=plain, steps=2, log_every=1,
+                  save_every=1, teacher_size=48, pool=1, lr=1e-9)
+    train.main([str(word) for word in words[1:]], align_form="cosine", target="prenorm")
+    out = tmp_path / "align"
+    config, settings = (train.read_json(out / f"{name}.json") for name in ("heads", "settings"))
     assert config["grid"] == [12, 12] and config["target"] == "prenorm" and config["pool"] == 1
-    for line in lines:
-        assert {"mse", "kl", "align", "align_ratio", "cos_patch", "cos_cls", "l1_patch", "l1_cls", "held_out_psnr",
+    assert settings["align_form"] == "cosine" and settings["channels"] == [8, 32, 48]
+    for step in (1, 2):
+        line = {k: v for line in log_of(out) if line["step"] == step for k, v in line.items()}
+        assert {"mse", "kl", "align_factor", "l1_patch", "l1_cls", "held_out_psnr",
                 "held_out_cos_patch", "held_out_cos_cls"} <= line.keys()
-    assert np.load(tmp_path / "align" / "tokens.npy", mmap_mode="r").shape == (1, 240, 1 + 144, 96)
-    start, end = (vae.AutoencoderKL.from_pretrained(folder) for folder in (whole / "plain" / "vae", tmp_path / "align"))
-    for name, value in start.state_dict().items():
-        torch.testing.assert_close(end.state_dict()[name], value, rtol=0, atol=1e-6)
-    heads, teacher = sample.load_heads(tmp_path / "align"), train.load_teacher(whole / "teacher")
-    z = torch.randn(2, 4, 8, 8)
-    raw = heads.feature_map(z, normed=False).flatten(2).transpose(1, 2)
-    torch.testing.assert_close(heads.feature_map(z).flatten(2).transpose(1, 2), teacher.norm(raw))
+        expected = 2 - line["cos_patch"] - line["cos_cls"]
+        assert line["align"] == pytest.approx(expected, rel=1e-4)
+    before, after = (vae.AutoencoderKL.from_pretrained(folder).state_dict()
+                     for folder in (plain, out))
+    for name, value in before.items():
+        torch.testing.assert_close(after[name], value, rtol=0, atol=1e-6)
+    heads, z = sample.load_heads(out), torch.randn(2, 8, 8, 8)
+    raw, normed = (heads.feature_map(z, normed=normed).flatten(2).mT for normed in (False, True))
+    torch.testing.assert_close(normed, align.load_teacher(whole / "teacher").norm(raw))
 
 
-def test_cached_tokens_train_like_the_teacher_itself(whole, tmp_path):
-    results = []
-    for name, words in (("teacher", []), ("cache", ["--cache-tokens"])):
-        command("train.py", "--stage", "align", "--out", tmp_path / name, "--teacher", whole / "teacher", *SMALL,
-                "--steps", 3, "--lr", 1e-4, *words)
-        results.append(vae.load_weights(tmp_path / name / "align" / "heads.safetensors"))
-    for name, a in results[0].items():
-        torch.testing.assert_close(a, results[1][name], rtol=1e-2, atol=2e-4, msg=lambda m: f"{name}: {m}")
+def test_settings_of_the_ablations_do_what_they_say(whole, tmp_path):
+    """The log tells the parts of the align loss; shuffled targets are those of other images; one
+    scale makes latents of deviation 1 over all channels; transformers can share latents."""
+    first = {}
+    for name, settings in {"both": {}, "patch": {"cls_weight": 0.0}, "cls": {"patch_weight": 0.0},
+                           "shuffled": {"shuffle_targets": True}}.items():
+        _, *words = stage(whole, "align", tmp_path / name, steps=1, log_every=1, save_every=1)
+        command("demo.study", "stage", json.dumps(settings), *words)
+        first[name] = log_of(tmp_path / name / "align")[0]
+    both, (w_cos, w_l1) = first["both"], align.FORMS["both"]
+    d = {part: w_cos * (1 - both[f"cos_{part}"]) + w_l1 * both[f"l1_{part}"]
+         for part in ("patch", "cls")}
+    assert both["align"] == pytest.approx(d["patch"] + d["cls"], rel=1e-5)
+    assert first["patch"]["align"] == pytest.approx(d["patch"], rel=1e-5)
+    assert first["cls"]["align"] == pytest.approx(d["cls"], rel=1e-5)
+    assert first["shuffled"]["mse"] == both["mse"]
+    assert abs(first["shuffled"]["align"] - both["align"]) > 1e-3
+    _, *words = stage(whole, "latents", tmp_path / "one", vae=whole / "plain" / "vae")
+    command("demo.study", "stage", '{"latent_scale": "one"}', *words)
+    shared = copy_of(whole, tmp_path / "shared", "vae")
+    command(*stage(whole, "sit", shared, latents=tmp_path / "one" / "latents", steps=1))
+    moments = torch.from_numpy(np.load(tmp_path / "one" / "latents" / "moments.npy")[0]).float()
+    mean, std = moments.chunk(2, dim=1)
+    x = sample.load_run(shared, "sit").vae.normalize(one_deviation_off(mean, std))
+    assert x.std().item() == pytest.approx(1, abs=3e-3) and x.std((0, 2, 3)).std() > 0.01
 
 
 def test_a_published_teacher_and_heads_of_ones_own(whole, tmp_path, vits):
-    """DINOv2 and a head by their published names in the cache; heads trained on a folder of images, masks and depth."""
-    cache = tmp_path / "cache"
+    """DINOv2 and a head by their published names in the cache; heads trained on a folder of images,
+    masks and depth; pictures of what they see; what is wrong with a mask is said."""
+    cache, data, heads = (tmp_path / name for name in ("cache", "data", "heads"))
     cache.mkdir()
     torch.save(vits["dinov2_vits14"].state_dict(), cache / "dinov2_vits14_pretrain.pth")
-    torch.save({f"decode_head.{k}": v for k, v in align.SegmentationHead(384, 21).state_dict().items()},
+    weights = align.SegmentationHead(384, 21).state_dict()
+    torch.save({f"decode_head.{name}": value for name, value in weights.items()},
                cache / "dinov2_vits14_voc2012_linear_head.pth")
-    words = [*SMALL, "--steps", 2, "--teacher", "dinov2_vits14", "--teacher-size", 28, "--held-out", 8]
-    command("train.py", "--stage", "align", "--out", tmp_path, *words, REALS_CACHE=str(cache))
-    assert json.loads((tmp_path / "align" / "heads.json").read_text())["fold"] == 4       # 8 cells, 2 tokens a side
-
-    data = tmp_path / "data"
-    images, _, segments, depth = train.draw_scenes(0, np.arange(40), 40)
-    for i in range(40):
-        for kind, picture in (("images", images[i].permute(1, 2, 0).numpy()),
-                              ("masks", segments[i].numpy().astype(np.uint8)),
-                              ("depth", (1000 * depth[i]).numpy().astype(np.uint16))):
-            (data / kind).mkdir(parents=True, exist_ok=True)
+    images, _, masks, depth = demo.scenes.draw_scenes(0, np.arange(40), 40)
+    arrays = {"images": images.movedim(1, 3).numpy(), "masks": masks.numpy(),
+              "depth": (1000 * depth).numpy().astype(np.uint16)}     # millimetres
+    for kind, array in arrays.items():
+        (data / kind).mkdir(parents=True)
+        for i, picture in enumerate(array):
             Image.fromarray(picture).save(data / kind / f"{i:02}.png")
-    (data / "classes.txt").write_text("\n".join(train.SEGMENTS) + "\n")
-    command("train.py", "--stage", "heads", "--data", data, "--out", tmp_path, *words, "--batch-size", 8,
-            REALS_CACHE=str(cache))
-    heads = sample.load_task_heads([tmp_path / "heads"])
-    assert tuple(heads.classes) == train.SEGMENTS and heads.depth.bins[-1] == pytest.approx(12, abs=0.1)
-    batch = train.DenseFolder(data, "train", 32).__getitems__([(0, False)])
-    assert [tuple(part.shape) for part in batch] == [(1, 3, 32, 32), (1,), (1, 32, 32), (1, 32, 32)]
-    assert set(batch[2].unique().tolist()) <= set(range(12)) and 2 < batch[3].min() <= batch[3].max() <= 12.001
+    (data / "classes.txt").write_text("\n".join(demo.scenes.SEGMENTS) + "\n")
+    env = {"REALS_CACHE": str(cache)}
+    command(*stage(whole, "align", tmp_path, data=data / "images", steps=2, teacher_size=28,
+                   teacher="dinov2_vits14"), **env)
+    config = train.read_json(tmp_path / "align" / "heads.json")
+    assert config["fold"] == 4                           # 8 cells, 2 tokens a side
+    words = ["demo.teacher", "heads", data, "--teacher", "dinov2_vits14", "--teacher-size", 28,
+             "--steps", 5, "--batch-size", 8, "--out"]
+    command(*words, heads, **env)
+    assert "is done already" in command(*words, heads, **env).stdout
+    found = sample.load_task_heads([heads])
+    assert tuple(found.classes) == demo.scenes.SEGMENTS
+    assert found.depth.bins[-1] == pytest.approx(12, abs=0.1)
+    x, seen, metres = demo.teacher.DenseFolder(data, 40).__getitems__([(0, False), (3, False)])
+    assert torch.equal(x, images[[0, 3]]) and torch.equal(seen, masks[[0, 3]].long())
+    torch.testing.assert_close(metres, depth[[0, 3]], rtol=0, atol=0.001)
 
-    for sources in ([tmp_path / "heads"], ["dinov2_vits14_voc2012_linear_head", tmp_path / "heads"]):
-        command("align.py", "features", data / "images" / "00.png", data / "images" / "01.png", "--vae",
-                tmp_path / "align", "--heads", *sources, "--out", tmp_path / "features.png", REALS_CACHE=str(cache))
+    picture = ["demo.pictures", "features", data / "images", "--vae", tmp_path / "align", "--num",
+               2, "--split", "all", "--out", tmp_path / "features.png"]
+    for sources in ([heads], ["dinov2_vits14_voc2012_linear_head", heads]):
+        command(*picture, "--heads", *sources, **env)
         assert Image.open(tmp_path / "features.png").width > 800
-    assert "width 96" in refused("align.py", "features", data / "images" / "00.png", "--vae", tmp_path / "align",
-                                 "--heads", whole / "teacher", REALS_CACHE=str(cache))
-    assert "give --teacher" in refused("align.py", "features", data / "images" / "00.png", "--vae", tmp_path / "align",
-                                       "--teacher", whole / "teacher", REALS_CACHE=str(cache))
-    Image.new("RGB", (40, 40)).save(data / "masks" / "03.png")
-    assert "has colours" in refused("train.py", "--stage", "heads", "--data", data, "--out", tmp_path / "x", *words,
-                                    REALS_CACHE=str(cache))
-    Image.new("L", (40, 20)).save(data / "masks" / "03.png")
-    assert "upright, 40 x 40: want the same shape" in refused("train.py", "--stage", "heads", "--data", data, "--out",
-                                                              tmp_path / "x", *words, REALS_CACHE=str(cache))
-    Image.fromarray(np.full((40, 40), 77, np.uint8)).save(data / "masks" / "03.png")
-    assert "has class 77" in refused("train.py", "--stage", "heads", "--data", data, "--out", tmp_path / "x", *words,
-                                     REALS_CACHE=str(cache))
+    assert "width 96" in refused(*picture, "--heads", whole / "teacher", **env)
+    assert "give --teacher" in refused(*picture, "--teacher", whole / "teacher", **env)
+    for bad, says in ((Image.new("RGB", (40, 40)), "has colours"),
+                      (Image.new("L", (40, 20)), "upright, 40 x 40: want the same shape"),
+                      (Image.new("L", (40, 40), 77), "has class 77")):
+        bad.save(data / "masks" / "03.png")
+        assert says in refused(*words, tmp_path / "bad", **env)
+    for file, says in (("masks/03.png", "cannot be read"), ("classes.txt", "not found")):
+        (data / file).unlink()
+        assert says in refused(*words, tmp_path / "bad", **env)
 
 
 def test_what_is_unknown_does_not_count():
-    """Masks of 255 and depth of 0 are nowhere in the losses of the heads; a batch of them alone is a loss of 0."""
+    """Masks of 255 and depth of 0 are in no loss; a batch of them alone is a loss of 0."""
     g = torch.Generator().manual_seed(0)
-    logits, depth = torch.randn(2, 5, 4, 4, generator=g), torch.rand(2, 4, 4, generator=g) + 1
+    logits = torch.randn(2, 5, 4, 4, generator=g)
+    depth = torch.rand(2, 4, 4, generator=g) + 1
     masks, metres = torch.full((2, 4, 4), 255), torch.zeros(2, 4, 4)
-    loss, parts = train.dense_loss(logits, depth, masks, metres)
+    loss, parts = demo.teacher.dense_loss(logits, depth, masks, metres)
     assert loss == 0 and set(parts) == {"segment_loss", "depth_loss"}
     masks[0, 1, 2], metres[1, 3, 0] = 3, 2.0
-    loss, parts = train.dense_loss(logits, depth, masks, metres)
-    assert parts["segment_loss"].item() == pytest.approx(-logits[0, :, 1, 2].log_softmax(0)[3].item(), rel=1e-5)
-    assert parts["depth_loss"].item() == pytest.approx((depth[1, 3, 0] / 2).log().square().item(), rel=1e-5)
-    assert loss.item() == pytest.approx((parts["segment_loss"] + 5 * parts["depth_loss"]).item(), rel=1e-6)
+    loss, parts = demo.teacher.dense_loss(logits, depth, masks, metres)
+    segment, depth = -logits[0, :, 1, 2].log_softmax(0)[3], (depth[1, 3, 0] / 2).log().square()
+    assert parts["segment_loss"].item() == pytest.approx(segment.item(), rel=1e-5)
+    assert parts["depth_loss"].item() == pytest.approx(depth.item(), rel=1e-5)
+    assert loss.item() == pytest.approx((segment + 5 * depth).item(), rel=1e-5)
 
 
-def test_embeddings_are_drawn(whole, tmp_path):
-    command("align.py", "embedding", "scenes", "--vae", whole / "plain" / "vae", whole / "aligned" / "align", "--num",
-            100, "--out", tmp_path / "two.png")
-    assert Image.open(tmp_path / "two.png").width > 800
+def test_a_teacher_that_has_changed_is_another_teacher(whole, tmp_path):
+    """Stage align does not count as done with it; one without labels knows depth alone; and one
+    that is begun again ends the same."""
+    folder = tmp_path / "teacher"
+    words = ["demo.teacher", "train", "--data", whole / "scenes.zip", "--out", folder, "--steps", 2]
+    command(*words, "--no-labels")
+    heads, weights = train.read_json(folder / "heads.json"), folder / "dinov2.pth"
+    assert heads["segmentation"] is None and heads["depth"]["max_depth"] == demo.scenes.FAR
+    assert "class_loss" not in log_of(folder)[-1] and "depth_loss" in log_of(folder)[-1]
+    assert "labels = False, not True" in refused(*words)
+    written = weights.read_bytes()
+    weights.unlink()
+    command(*words, "--no-labels")
+    assert weights.read_bytes() == written
+    align_words = stage(whole, "align", tmp_path, teacher=folder, steps=2)
+    command(*align_words)
+    shutil.rmtree(folder)
+    command(*words)
+    assert {"class_loss", "segment_loss", "depth_loss"} <= log_of(folder)[-1].keys()
+    assert "teacher_weights" in refused(*align_words)
 
 
-def test_reconstructions_are_measured_and_written(whole, tmp_path, lpips_cache):
-    """The same on one process and on two, and the figures are those of the images that are written."""
+def test_nothing_holds_a_device_of_its_own():
+    """Networks, losses and samplers on meta, where a tensor on the CPU would not fit in."""
+    def empty(*shape, dtype=torch.float32):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    autoencoder = vae.AutoencoderKL(block_out_channels=(8, 16), layers_per_block=1,
+                                    norm_num_groups=8, latents_mean=[0.0] * 4,
+                                    latents_std=[1.0] * 4).to("meta")
+    teacher = align.DINOv2(embed_dim=24, depth=2, num_heads=2).to("meta")
+    heads = align.AlignmentHeads(4, 24, 8, 2).to("meta")
+    discriminator = vae.PatchDiscriminator(ndf=8).to("meta")
+    x, y = empty(2, 3, 64, 64), empty(2, dtype=torch.long)
+    rec, posterior, z = autoencoder(x)
+    loss, _ = vae.autoencoder_loss(
+        x, rec, posterior, perceptual_weight=1.0, lpips=vae.LPIPS().to("meta"), disc_weight=1.0,
+        discriminator=discriminator, last_layer=autoencoder.decoder.conv_out.weight)
+    target = heads.standardize(*align.teacher_tokens(teacher, x, 224))
+    (loss + align.align_loss(*heads(z), *target)[0]).backward()
+    vae.hinge_d_loss(discriminator(x), discriminator(rec.detach())).backward()
+    assert vae.psnr(x, rec).is_meta and vae.ssim(x, rec).is_meta and posterior.kl().is_meta
+    assert align.SegmentationHead(24, 5).to("meta")(empty(2, 24, 4, 4)).is_meta
+    assert align.DepthHead(24).to("meta")(empty(2, 24, 4, 4), empty(2, 24)).is_meta
+    z = empty(2, 4, 8, 8)
+    for family, module, samplers in (("SiT", sit, sit.ODE_SAMPLERS + sit.SDE_SAMPLERS),
+                                     ("DiT", dit, ("ddpm", "ddim"))):
+        net = module.create(f"{family}-S/2", input_size=8, num_classes=5).to("meta")
+        t = empty(2) if module is sit else y
+        module.training_loss(net, z, y, t=t, eps=z).mean().backward()
+        for name in samplers:
+            if name != "dopri5":                         # which looks at the error of its steps
+                with mock.patch.object(module, "check_sampling"):    # and this at the labels
+                    out = module.sample(net, z, y, sampler=name, num_steps=3, cfg_scale=2.0,
+                                        noise=lambda i: z)
+                assert autoencoder.decode(autoencoder.denormalize(out)).sample.is_meta
+    inception = fid.InceptionV3().to("meta")
+    assert all(part.is_meta for part in inception(empty(2, 3, 299, 299)))
+
+
+# --------------------------------------------------------------------------------------------------
+# Sampling and pictures
+
+def test_reconstructions_are_measured_and_written(whole, tmp_path, lpips_cache, inception_weights):
+    """The same on one process and on two; the figures are those of the images that are written,
+    and fid.py reads them."""
+    words = ["sample.py", "--reconstruct", whole / "scenes.zip", "--vae", whole / "plain" / "vae"]
     results = []
     for processes in (1, 2):
         out = tmp_path / f"{processes}.npz"
-        command("sample.py", "--reconstruct", "scenes", "--vae", whole / "plain" / "vae", "--num", 21, "--batch-size",
-                4, "--out", out, processes=processes, REALS_CACHE=lpips_cache)
-        images = [np.load(path)["arr_0"] for path in (out, tmp_path / f"{processes}-originals.npz")]
-        results.append((*images, json.loads(out.with_suffix(".json").read_text())))
+        command(*words, "--num", 21, "--batch-size", 4, "--out", out, processes=processes,
+                REALS_CACHE=lpips_cache)
+        images = [np.load(tmp_path / f"{processes}{end}.npz")["arr_0"]
+                  for end in ("", "-originals")]
+        results.append((*images, train.read_json(out.with_suffix(".json"))))
     (rec, originals, figures), other = results
-    assert np.array_equal(originals, train.Scenes("test", 21, 32).images.permute(0, 2, 3, 1).numpy())
-    assert np.array_equal(originals, other[1]) and np.abs(rec.astype(int) - other[0].astype(int)).max() <= 1
-    x, y = (train.to_float(torch.from_numpy(v).permute(0, 3, 1, 2), "cpu") for v in (originals, rec))
-    expected = {"psnr": vae.psnr(x, y), "ssim": vae.ssim(x, y), "lpips": filled_lpips(2 ** 0.5, published_lin())(x, y)}
+    held_out = train.ImageFolder(whole / "scenes.zip", "test", 32)
+    (expected, _), = train.in_order(held_out, 21, range(21))
+    assert np.array_equal(originals, expected.permute(0, 2, 3, 1))
+    assert np.array_equal(originals, other[1])
+    assert np.abs(rec.astype(int) - other[0].astype(int)).max() <= 1
+    x, y = (train.to_float(torch.from_numpy(v).permute(0, 3, 1, 2)) for v in (originals, rec))
+    lpips = filled_lpips(2 ** 0.5, published_lin())
+    expected = {"psnr": vae.psnr(x, y), "ssim": vae.ssim(x, y), "lpips": lpips(x, y)}
     assert figures["images"] == 21
     for name, value in expected.items():
         assert figures[name] == pytest.approx(value.mean().item(), rel=1e-4)
         assert other[2][name] == pytest.approx(figures[name], rel=1e-3)
-    assert sorted(p.name for p in tmp_path.iterdir() if p.name.startswith(".")) == []
-    assert Image.open(tmp_path / "1.png").width > 200
-    words = ["sample.py", "--reconstruct", "scenes", "--vae", whole / "plain" / "vae", "--out", tmp_path / "1.npz"]
+    assert not list(tmp_path.glob(".*")) and Image.open(tmp_path / "1.png").width > 200
+    words += ["--out", tmp_path / "1.npz"]
     assert "is done already" in command(*words, "--num", 21, REALS_CACHE=lpips_cache).stdout
     assert "images = 21, not 20" in refused(*words, "--num", 20, REALS_CACHE=lpips_cache)
-
-
-def test_two_processes_encode_the_same_latents(whole, tmp_path):
-    out = copy_of(whole, tmp_path, "vae")
-    command("train.py", "--stage", "latents", "--out", out, *SMALL, processes=2)
-    for name in ("moments.npy", "labels.npy"):
-        a, b = np.load(whole / "plain" / "latents" / name), np.load(out / "latents" / name)
-        np.testing.assert_allclose(a.astype(np.float64), b.astype(np.float64), atol=4e-3)
+    found, _ = evaluated(tmp_path / "1.npz", tmp_path / "1-originals.npz", "--weights",
+                         inception_weights, "--metrics", "fid")
+    assert found["num_samples"] == 21 and found["fid"] > 0
 
 
 @pytest.fixture(scope="session")
 def diffused(whole, tmp_path_factory):
-    """A run with both families, the chain's SiT and a DiT on the same latents, whose weights are filled: so early in
-    training they would still be near zero."""
+    """A run with both families, the demo's SiT and a DiT on the same latents, whose weights are
+    filled: so early in training they would still be near zero."""
     out = copy_of(whole, tmp_path_factory.mktemp("both"), "vae", "latents", "sit")
-    command("train.py", "--stage", "dit", "--out", out, "--vae", whole / "plain" / "vae", *SMALL, "--steps", 3)
+    command(*stage(whole, "dit", out, steps=3))
     for family in ("sit", "dit"):
         net = fill(sample.load_run(out, family).model, ("pos_embed",))
         vae.save_safetensors(net.state_dict(), out / family / "ema.safetensors")
@@ -2980,53 +3169,46 @@ def test_a_sample_does_not_depend_on_its_batch(diffused, tmp_path, options):
         images = []
         for size in (12, 5, 1):
             path = tmp_path / f"{precision}-{size}.npz"
-            command("sample.py", "--run", diffused, "--num", 12, "--batch-size", size, "--decode-batch-size", size,
-                    *options, "--precision", precision, "--out", path)
+            command("sample.py", "--run", diffused, "--num", 12, "--batch-size", size,
+                    "--decode-batch-size", size, *options, "--precision", precision, "--out", path)
             with np.load(path) as file:
                 images.append((file["arr_0"], file["arr_1"]))
         (first, labels), *others = images
         assert first.shape == (12, 32, 32, 3) and first.dtype == np.uint8
         for other, its_labels in others:
-            assert np.abs(first.astype(int) - other).max() <= most and np.array_equal(labels, its_labels)
-        assert not any(np.array_equal(first[i], first[j]) for i in range(12) for j in range(i)), "two images are one"
-    wanted = [*range(10), 0, 1] if "--classes" not in options else [3, 9, 10] * 4 if "arch" in options else labels
-    assert labels.tolist() == list(wanted) and (labels <= 10).all()
+            assert np.abs(first.astype(int) - other).max() <= most
+            assert np.array_equal(labels, its_labels)
+        assert len({image.tobytes() for image in first}) == 12, "two images are one"
     if "random" in options:
         assert (labels < 10).all() and len(set(labels.tolist())) > 3
-        assert labels.tolist() == [sample.labels_of("random", [i], 10, 0).item() for i in range(12)]
+        wanted = [sample.labels_of("random", [i], 10, 0).item() for i in range(12)]
+    else:
+        wanted = [3, 0, 10] * 4 if "arch" in options else [*range(10), 0, 1]
+    assert labels.tolist() == wanted
 
 
 def test_killed_sampling_goes_on_where_it_stopped(diffused, tmp_path):
-    """SIGKILL, then two processes go on: what was written is kept, and images and latents are those of an uninterrupted
-    run, with the noise of an SDE. Other options do not go on."""
-    words = ["sample.py", "--run", str(diffused), "--num", "60", "--batch-size", "2", "--sampler", "sde-euler",
-             "--steps", "60", "--latents", "--out"]
+    """SIGKILL, then two processes go on: what was written is kept, and images and latents are those
+    of an uninterrupted run, with the noise of an SDE. Other options do not go on."""
+    words = ["sample.py", "--run", diffused, "--num", 60, "--batch-size", 2, "--sampler",
+             "sde-euler", "--steps", 60, "--latents", "--out"]
     command(*words, tmp_path / "a.npz")
-    work = tmp_path / ".b.npz.partial"
-    child = subprocess.Popen([sys.executable, *words, str(tmp_path / "b.npz")], cwd=HERE, stderr=subprocess.PIPE,
-                             stdout=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    while not (work / "options.json").is_file() or np.load(work / "done.npy").sum() < 6:
-        assert child.poll() is None, "it ended before it was killed"
-    child.kill()
-    child.communicate()
-    done = np.load(work / "done.npy")
-    assert 6 <= done.sum() < 60 and not (tmp_path / "b.npz").exists()
-    first = int(np.flatnonzero(done)[0])
-    images = np.load(work / "images.npy", mmap_mode="r+")
-    images[first] = 7                                                            # a mark in what is done
-    images.flush()
-    line = refused(*words, tmp_path / "b.npz", "--seed", 1)
+    words, work = [*words, tmp_path / "b.npz"], tmp_path / ".b.npz.partial"
+    row = kill_at_work(words, work, 6)[0]
+    assert not (tmp_path / "b.npz").exists()
+    mark(work / "images.npy", row)
+    line = refused(*words, "--seed", 1)
     assert "seed = 0, not 1" in line and ".b.npz.partial" in line
-    command(*words, tmp_path / "b.npz", processes=2)
+    command(*words, processes=2)
     a, b = (np.load(tmp_path / f"{name}.npz")["arr_0"] for name in "ab")
-    assert (b[first] == 7).all()
-    b[first] = a[first]
+    assert (b[row] == 7).all()
+    b[row] = a[row]
     assert np.array_equal(a, b)
-    assert (tmp_path / "a-latents.npy").read_bytes() == (tmp_path / "b-latents.npy").read_bytes()
-    assert (tmp_path / "a.png").stat().st_size > 1000 and not list(tmp_path.glob(".*"))
+    a, b = ((tmp_path / f"{name}-latents.npy").read_bytes() for name in "ab")
+    assert a == b and (tmp_path / "a.png").stat().st_size > 1000 and not list(tmp_path.glob(".*"))
     written = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
-    assert "is done already" in command(*words, tmp_path / "b.npz").stdout
-    assert "num_steps = 60, not 50" in refused(*words, tmp_path / "b.npz", "--steps", 50)
+    assert "is done already" in command(*words).stdout
+    assert "num_steps = 60, not 50" in refused(*words, "--steps", 50)
     assert written == {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
 
 
@@ -3041,478 +3223,406 @@ def test_png_files_and_zip_hold_the_images_of_the_npz(diffused, tmp_path):
         assert sorted(p.name for p in (tmp_path / "c").iterdir()) == archive.namelist()
         for image, name in zip(images, archive.namelist()):
             assert np.array_equal(image, np.asarray(Image.open(archive.open(name))))
-            assert np.abs(image.astype(int) - np.asarray(Image.open(tmp_path / "c" / name))).max() <= 1
+            png = np.asarray(Image.open(tmp_path / "c" / name))
+            assert np.abs(image.astype(int) - png).max() <= 1
     for name in "bc":
         assert np.array_equal(np.load(tmp_path / f"{name}-labels.npy"), labels)
-    assert "a.npz is there" in refused(*words, tmp_path / "a.zip")               # with which it would share a.json
+    assert "a.npz is there" in refused(*words, tmp_path / "a.zip")   # both would have a.json
     assert not list(tmp_path.glob(".*"))
 
 
 def test_tasks_are_read_off_the_written_latents(whole, tmp_path):
-    """-tasks.npz holds what heads and MLPs give for -latents.npy, whose images are those of the .npz."""
-    assert "MLPs of stage align" in refused("sample.py", "--run", whole / "aligned", "--out", tmp_path / "x.npz",
-                                            "--tasks", "depth", "--heads", whole / "aligned" / "align")
+    """-tasks.npz holds what heads and MLPs give for -latents.npy, whose images are the .npz's."""
+    run = ["sample.py", "--run", whole / "aligned", "--tasks", "segmentation", "depth", "features"]
+    assert "MLPs of stage align" in refused(*run, "--heads", whole / "aligned" / "align", "--out",
+                                            tmp_path / "x.npz")
     for processes in (1, 2):
-        command("sample.py", "--run", whole / "aligned", "--num", 23, "--steps", 2, "--batch-size", 5, "--latents",
-                "--tasks", "segmentation", "depth", "features", "--out", tmp_path / f"{processes}.npz",
-                processes=processes)
+        command(*run, "--num", 23, "--steps", 2, "--batch-size", 5, "--latents", "--out",
+                tmp_path / f"{processes}.npz", processes=processes)
     found, other = (np.load(tmp_path / f"{k}-tasks.npz") for k in (1, 2))
     z = torch.from_numpy(np.load(tmp_path / "1-latents.npy"))
-    heads, task_heads = sample.load_heads(whole / "aligned" / "align"), sample.load_task_heads([whole / "teacher"])
-    masks, depth = sample.read_latents(heads, task_heads, z, 32)
-    assert (found["segmentation"] == masks.numpy()).mean() > 0.999 and found["segmentation"].shape == (23, 32, 32)
+    heads = sample.load_heads(whole / "aligned" / "align")
+    masks, depth = sample.read_latents(heads, sample.load_task_heads([whole / "teacher"]), z, 32)
+    assert found["segmentation"].shape == (23, 32, 32)
+    assert (found["segmentation"] == masks.numpy()).mean() > 0.999
+    assert np.mean(found["segmentation"] == other["segmentation"]) > 0.99
     np.testing.assert_allclose(found["depth"], depth, rtol=1e-4)
     with torch.no_grad():
-        rgb = align.pca_rgb(heads.feature_map(z)).movedim(1, -1).numpy()
-    assert found["features"].shape == rgb.shape and np.abs(found["features"] / 255 - rgb).max() < 0.01
-    assert np.mean(found["segmentation"] == other["segmentation"]) > 0.99
-    autoencoder = vae.AutoencoderKL.from_pretrained(whole / "aligned" / "align")
-    with torch.no_grad():
-        decoded = sample.to_uint8(autoencoder.decode(z).sample).movedim(1, -1).numpy()
-    assert np.abs(decoded.astype(int) - np.load(tmp_path / "1.npz")["arr_0"]).max() <= 1
+        rgb = align.pca_rgb(heads.feature_map(z)).movedim(1, -1)
+        decoded = vae.AutoencoderKL.from_pretrained(whole / "aligned" / "align").decode(z).sample
+    np.testing.assert_allclose(found["features"] / 255, rgb, rtol=0, atol=0.01)
+    decoded = train.to_uint8(decoded).movedim(1, -1).numpy().astype(int)
+    assert np.abs(decoded - np.load(tmp_path / "1.npz")["arr_0"]).max() <= 1
     assert Image.open(tmp_path / "1-tasks.png").width > 600 and not list(tmp_path.glob(".*"))
 
 
 @pytest.fixture(scope="session")
 def published(tmp_path_factory):
-    """Weights as they are published: an autoencoder in a folder of diffusers, a SiT as its official training saves it,
-    with argparse's Namespace, and a DiT's bare state dict."""
+    """Weights as they are published: an autoencoder in a folder of diffusers, a SiT as its official
+    training saves it, with argparse's Namespace, and a DiT's bare state dict."""
     root = tmp_path_factory.mktemp("published")
     torch.manual_seed(0)
     theirs = diffusers.AutoencoderKL(
-        block_out_channels=(16, 32), norm_num_groups=8, latent_channels=4, sample_size=32, scaling_factor=0.5,
-        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2)
+        block_out_channels=(16, 32), norm_num_groups=8, latent_channels=4, sample_size=32,
+        scaling_factor=0.5, down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2)
     theirs.save_pretrained(root / "vae")
-    nets = {name: fill(module.create(f"{name}-Ti/2", input_size=16, num_classes=30, learn_sigma=True), ("pos_embed",))
-            for name, module in (("SiT", sit), ("DiT", dit))}
-    weights = nets["SiT"].state_dict()
-    torch.save({"ema": weights, "model": {k: v + 1 for k, v in weights.items()}, "opt": {"state": {}},
-                "args": argparse.Namespace(model="SiT-Ti/2")}, root / "sit.pt")
+    nets = {}
+    for name, module in (("SiT", sit), ("DiT", dit)):
+        net = module.create(f"{name}-Ti/2", input_size=16, num_classes=30, learn_sigma=True)
+        nets[name] = fill(net, ("pos_embed",))
+    ema = nets["SiT"].state_dict()
+    torch.save({"ema": ema, "model": {name: value + 1 for name, value in ema.items()},
+                "opt": {"state": {}}, "args": argparse.Namespace(model="SiT-Ti/2")},
+               root / "sit.pt")
     torch.save(nets["DiT"].state_dict(), root / "dit.pt")
     return root, nets, theirs.eval()
 
 
 @pytest.mark.parametrize("family, module, options", [
-    ("SiT", sit, dict(sampler="sde-euler", num_steps=4, cfg_scale=3.0, cfg_channels=3, diffusion_form="decreasing",
-                      last_step="euler", last_step_size=0.1)),
-    ("SiT", sit, dict(sampler="rk4", num_steps=2, path="gvp", prediction="noise", sample_eps=0.05)),
-    ("DiT", dit, dict(sampler="ddim", num_steps=3, schedule="squaredcos_cap_v2", clip_denoised=True, eta=0.5))])
+    ("SiT", sit, dict(sampler="sde-euler", num_steps=4, cfg_scale=3.0, cfg_channels=3,
+                      diffusion_form="decreasing", last_step="euler", last_step_size=0.1)),
+    ("SiT", sit, dict(sampler="rk4", num_steps=2, path="gvp", prediction="noise",
+                      sample_eps=0.05)),
+    ("DiT", dit, dict(sampler="ddim", num_steps=3, schedule="squaredcos_cap_v2",
+                      clip_denoised=True, eta=0.5))])
 def test_published_checkpoints_are_sampled(published, tmp_path, family, module, options):
     """The program's images are those of the file's sampler and diffusers' decoder."""
     root, nets, theirs = published
     flags = []
     for name, value in options.items():
-        flags += [f"--{name.replace('num_steps', 'steps').replace('_', '-')}", *([] if value is True else [value])]
-    command("sample.py", "--model", f"{family}-Ti/2", "--ckpt", root / f"{family.lower()}.pt", "--vae", root / "vae",
-            "--classes", 29, 3, 30, "--num", 3, "--seed", 5, *flags, "--out", tmp_path / "a.npz")
-    noise, labels = sample.Noise(5, range(3), (4, 16, 16), torch.device("cpu")), torch.tensor([29, 3, 30])
+        flags += [sample.flag_of(name), *([] if value is True else [value])]
+    command("sample.py", "--model", f"{family}-Ti/2", "--ckpt", root / f"{family.lower()}.pt",
+            "--vae", root / "vae", "--classes", 29, 3, 30, "--num", 3, "--seed", 5, *flags, "--out",
+            tmp_path / "a.npz")
+    noise, labels = sample.Noise(5, range(3), (4, 16, 16)), torch.tensor([29, 3, 30])
     with torch.no_grad():
         z = module.sample(nets[family], noise(), labels, noise=noise, **options)
-        expected = sample.to_uint8(theirs.decode(z / 0.5).sample).movedim(1, -1).numpy()
+        expected = train.to_uint8(theirs.decode(z / 0.5).sample).movedim(1, -1).numpy()
     with np.load(tmp_path / "a.npz") as file:
-        assert np.abs(file["arr_0"].astype(int) - expected).max() <= 1 and file["arr_1"].tolist() == [29, 3, 30]
+        assert np.abs(file["arr_0"].astype(int) - expected).max() <= 1
+        assert file["arr_1"].tolist() == [29, 3, 30]
     assert expected.std() > 5
 
 
-def test_bad_weights_and_options_are_refused(published, diffused, tmp_path):
-    root, _, _ = published
-
-    def says(*words):
-        line = refused("sample.py", "--num", 2, "--out", tmp_path / "x.npz", *words)
-        assert list(tmp_path.iterdir()) == []
-        return line
-    good = ["--vae", root / "vae", "--ckpt", root / "sit.pt", "--model", "SiT-Ti/2"]
-    assert "does not fit the network" in says(*good, "--model", "SiT-S/2")
-    assert "does not fit the network" in says(*good, "--model", "SiT-Ti/4")
-    assert "write SiT-SIZE/PATCH" in says(*good, "--model", "UViT-S/2")
-    assert "nowhere.pt not found" in says(*good, "--ckpt", "nowhere.pt")
-    assert "does not hold the weights of a SiT" in says(
-        *good, "--ckpt", root / "vae" / "diffusion_pytorch_model.safetensors")
-    assert "config.json" in says(*good, "--vae", root) and "--ckpt FILE" in says("--model", "SiT-Ti/2")
-    assert "numbers from 0 to 30" in says(*good, "--classes", 31) and "numbers" in says(*good, "--classes", "cat")
-    assert "--eta is no option of sit.py" in says(*good, "--eta", 1)
-    assert "steps ddim5: SiT wants a number" in says(*good, "--steps", "ddim5")
-    assert "cfg_interval" in says(*good, "--cfg-interval", 0.9, 0.1)
-    assert "cfg_channels 5" in says(*good, "--cfg-channels", 5)
-    assert "diffusion_form 'x'" in says(*good, "--sampler", "sde-euler", "--diffusion-form", "x")
-    assert "--steps: ddimX: want 50" in says(*good, "--steps", "ddimX")
-    assert "--cfg-scale: nan: want a number" in says(*good, "--cfg-scale", "nan")
-    assert "want at least 0, and one of them more" in says(*good, "--sampler", "dopri5", "--atol", 0, "--rtol", 0)
-    assert "diffusion_norm -1" in says(*good, "--sampler", "sde-euler", "--diffusion-norm", -1)
-    assert "eta 1.5: want 0 to 1" in says("--run", diffused, "--family", "dit", "--sampler", "ddim", "--eta", 1.5)
-    assert "was trained with linear" in says("--run", diffused, "--path", "gvp")
-    assert "no --ckpt" in says("--run", diffused, "--ckpt", root / "sit.pt")
-    assert "stage align" in says(*good, "--tasks", "features")
-    assert "ends in .npz or .zip" in refused("sample.py", *good, "--num", 2, "--out", tmp_path / "x.jpg")
-    assert "one or the other" in says(*good, "--trajectory", "--interpolate", 0, 1)
-    assert "two different images" in refused("sample.py", *good, "--interpolate", 1, 1, "--out", tmp_path / "x.png")
-    wide = vae.AutoencoderKL(block_out_channels=(16, 32), norm_num_groups=8, latent_channels=8, sample_size=32)
-    wide.save_pretrained(root / "wide")
-    assert "has latents of 8 channels" in says(*good, "--vae", root / "wide")
-
-
 def test_a_model_without_dropped_labels_is_not_guided(diffused, tmp_path):
-    run = tmp_path / "run"
+    run, table = tmp_path / "run", "y_embedder.embedding_table.weight"
     shutil.copytree(diffused, run)
-    config = json.loads((run / "sit" / "config.json").read_text())
-    (run / "sit" / "config.json").write_text(json.dumps({**config, "class_dropout_prob": 0.0}))
-    weights = vae.load_weights(run / "sit" / "ema.safetensors")
-    weights["y_embedder.embedding_table.weight"] = weights["y_embedder.embedding_table.weight"][:-1]
-    vae.save_safetensors(weights, run / "sit" / "ema.safetensors")
+    config, path = train.read_json(run / "sit" / "config.json"), run / "sit" / "ema.safetensors"
+    train.write_json({**config, "class_dropout_prob": 0.0}, run / "sit" / "config.json")
+    weights = vae.load_weights(path)
+    vae.save_safetensors({**weights, table: weights[table][:-1]}, path)
     words = ["sample.py", "--run", run, "--num", 2, "--steps", 2, "--out", tmp_path / "x.npz"]
     assert "without label dropout" in refused(*words, "--cfg-scale", 2)
     assert "without label dropout" in refused(*words, "--classes", 10)
     command(*words)
 
 
-def test_a_full_disk_is_said_before_any_work(diffused, tmp_path):
-    words = shlex.join([sys.executable, "sample.py", "--run", str(diffused), "--num", "400", "--out",
-                        str(tmp_path / "x.npz")])
-    done = subprocess.run(["bash", "-c", f"ulimit -f 1000; {words}"], cwd=HERE, capture_output=True, text=True)
-    assert done.returncode == 2 and "cannot be written" in done.stderr and "Traceback" not in done.stderr
-    assert list(tmp_path.iterdir()) == []
-
-
 def tiles(path, rows, columns, size=64, gap=4):
-    """The images of a picture that sheet has drawn with one title: (rows, columns, size, size, 3)."""
-    picture = np.asarray(Image.open(path).convert("RGB"))
+    """The last columns of a picture that sheet has drawn: (rows, columns, size, size, 3)."""
+    picture = np.asarray(Image.open(path).convert("RGB")).astype(int)
     left, step = picture.shape[1] - columns * (size + gap), size + gap
-    return np.array([[picture[20 + r * step:20 + r * step + size, left + c * step:left + c * step + size]
+    return np.array([[picture[20 + r * step:20 + r * step + size, left + c * step:][:, :size]
                       for c in range(columns)] for r in range(rows)])
 
 
-@pytest.mark.parametrize("options", [["--sampler", "heun"], ["--sampler", "sde-euler"], ["--family", "dit"]])
-def test_an_interpolation_goes_from_one_sample_to_the_other(diffused, tmp_path, options):
-    words = ["sample.py", "--run", diffused, "--steps", 4, "--cfg-scale", 1.5, *options]
-    command(*words, "--interpolate", 1, 4, "--num", 5, "--out", tmp_path / "i.png")
-    command(*words, "--num", 5, "--out", tmp_path / "s.npz")
+@pytest.mark.parametrize("options", [
+    ["--sampler", "heun", "--steps", 4, "--cfg-scale", 1.5], ["--sampler", "sde-euler"],
+    ["--sampler", "dopri5"], ["--family", "dit", "--steps", 5]])
+def test_trajectories_and_interpolations_end_at_the_samples(diffused, tmp_path, options):
+    words = ["--run", diffused, *options]
+    command("sample.py", *words, "--num", 5, "--out", tmp_path / "s.npz")
     images = np.load(tmp_path / "s.npz")["arr_0"].repeat(2, 1).repeat(2, 2).astype(int)
+
+    command("demo.pictures", "trajectory", *words, "--num", 3, "--out", tmp_path / "t.png")
+    assert np.abs(tiles(tmp_path / "t.png", 3, 1)[:, 0] - images[:3]).max() <= 1
+    with Image.open(tmp_path / "t.gif") as animation:
+        assert 3 <= animation.n_frames <= 60 and animation.info["loop"] == 0
+        assert "--steps" not in options or animation.n_frames == options[3] + 1
+
+    between = ["demo.pictures", "interpolate", *words, "--out", tmp_path / "i.png"]
+    command(*between, 1, 4, "--num", 5)
     noise, label, both = tiles(tmp_path / "i.png", 3, 5)
     for row in (noise, label, both):
         assert np.abs(row[0] - images[1]).max() <= 1 and not np.array_equal(row[1], row[2])
     assert not np.array_equal(noise[-1], label[-1])
-    if options == ["--sampler", "heun"]:                                         # the others' steps keep the noise of A
+    if "heun" in options:                                # the others' steps keep the noise of A
         assert np.abs(both[-1] - images[4]).max() <= 1
-    command(*words, "--interpolate", 1, 11, "--num", 3, "--out", tmp_path / "one.png")      # of one class: a single row
-    assert Image.open(tmp_path / "one.png").height < 100
+    command(*between, 1, 11, "--num", 3)
+    assert Image.open(tmp_path / "i.png").height < 100, "of one class: a single row"
+    assert "two different images" in refused(*between, 1, 1)
 
 
-@pytest.mark.parametrize("options", [["--steps", 12], ["--sampler", "dopri5"], ["--family", "dit", "--steps", 5]])
-def test_a_trajectory_ends_at_the_samples(diffused, tmp_path, options):
-    words = ["sample.py", "--run", diffused, "--num", 3, *options]
-    command(*words, "--trajectory", "--out", tmp_path / "t.png")
-    command(*words, "--out", tmp_path / "s.npz")
-    images = np.load(tmp_path / "s.npz")["arr_0"].repeat(2, 1).repeat(2, 2).astype(int)
-    strip = np.asarray(Image.open(tmp_path / "t.png").convert("RGB"))
-    for row, image in enumerate(images):
-        top = 20 + row * 68
-        places = [left for left in range(strip.shape[1] - 90, strip.shape[1] - 63)
-                  if np.abs(strip[top:top + 64, left:left + 64].astype(int) - image).max() <= 1]
-        assert len(places) == 1, "the last column is the sample"
-    with Image.open(tmp_path / "t.gif") as animation:
-        assert 3 <= animation.n_frames <= 60 and animation.info["loop"] == 0
-        assert "--steps" not in options or animation.n_frames == options[-1] + 1
+def test_curves_and_embeddings_are_drawn(whole, tmp_path):
+    lanes = [whole / name / "align" for name in ("plain", "aligned")]
+    command("demo.pictures", "curves", *lanes, "--out", tmp_path / "curves.png")
+    width, height = Image.open(tmp_path / "curves.png").size
+    assert width == 900 and height % 200 == 0 and height >= 800      # three panels a row
+    for method in ("tsne", "pca"):
+        command("demo.pictures", "embedding", whole / "scenes.zip", "--vae", *lanes, "--method",
+                method, "--num", 90, "--out", tmp_path / f"{method}.png")
+        assert Image.open(tmp_path / f"{method}.png").width > 800
+    assert "ends in .png" in refused("demo.pictures", "curves", *lanes, "--out", tmp_path / "x.jpg")
 
 
-def test_samples_go_into_the_evaluator(diffused, tmp_path, inception_weights):
-    """README's line: sample, then compare with real images, here with stand-in weights of Inception."""
-    command("sample.py", "--run", diffused, "--num", 20, "--steps", 2, "--out", tmp_path / "samples.npz")
-    command("sample.py", "--reconstruct", "scenes", "--vae", diffused / "vae", "--num", 30, "--metrics", "psnr",
-            "--out", tmp_path / "rec.npz")
-    figures, table = evaluated(tmp_path / "samples.npz", tmp_path / "rec-originals.npz", "--weights", inception_weights,
-                               "--metrics", "fid", "sfid", "precision", "recall")
-    assert figures["num_samples"] == 20 and figures["fid"] > 0 and all(np.isfinite(figures[k]) for k in ("fid", "sfid"))
-
-
-def test_the_chain_runs_on_images_from_disk(tmp_path):
-    """Photographs have no segments and no depth: the report has the other figures."""
-    root = tmp_path / "images"
-    for split, first in (("train", 0), ("test", 10 ** 9)):
-        images, labels, _, _ = train.draw_scenes(0, np.arange(first, first + 80))
-        for i, (image, label) in enumerate(zip(images, labels)):
-            folder = root / split / train.SCENE_CLASSES[label].replace(" ", "_")
-            folder.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / f"{i}.png")
-    archive = zipped(root, tmp_path / "solids.zip")
-    command("train.py", "--data", archive, "--out", tmp_path / "run", "--steps", 3, "--num-samples", 20, *SMALL,
-            "--gradient-checkpointing", "--no-standardize", fresh=True)
-    figures = json.loads((tmp_path / "run" / "report.json").read_text())
-    assert "masks from latents, mIoU" not in figures["plain"] and figures["aligned"]["FD of samples, no guidance"] >= 0
-    assert np.load(tmp_path / "run" / "plain" / "latents" / "moments.npy").shape[:2] == (2, 80)     # both flips
-
+# --------------------------------------------------------------------------------------------------
+# The study
 
 def test_the_study_plans_measures_and_reports(whole, tmp_path):
-    """Its plan has every seed, length, family and guidance for both arms; what is there is measured once, with the
-    figures of the chain's report; what is missing is not in the tables."""
-    done = command("train.py", "--stage", "study", "--dry-run", "--out", tmp_path / "x", *SMALL)
-    jobs = done.stdout.splitlines()
-    sets = 2 * 3 * 3 * 2 * 3 + 2 * 3 * 3 + len(train.AUTOENCODERS) - 2 + 2 * 3
-    assert sum("/sample.py " in job for job in jobs) == sets == 150
-    assert not (tmp_path / "x").exists() and len(jobs) == len(set(jobs))
-    given = dict(stage="study", out=str(tmp_path), scenes=240, num_samples=20, steps=6, batch_size=8)
-    cfg = train.resolve(given, "study")
-    shutil.copytree(whole / "evaluator", tmp_path / "evaluator")
-    for arm, stage in (("plain", "vae"), ("aligned", "align")):
-        for name in (stage, "latents"):
-            shutil.copytree(whole / arm / name, tmp_path / "seed0" / arm / name)
-        shutil.copytree(whole / arm / "sit", tmp_path / "seed0" / arm / "sit-6" / "sit")
-        for ending in ("npz", "json"):
-            shutil.copy(whole / arm / f"samples.{ending}", tmp_path / "seed0" / arm / "sit-6" / f"samples-0.{ending}")
-    train.write_json({f"seed0/{arm}/sit-6/samples-0": 1.5 for arm in ("plain", "aligned")}, tmp_path / "timings.json")
-    results = train.measure_study(cfg, tmp_path)
-    lines = (tmp_path / "results.jsonl").read_text()
-    assert len(lines.splitlines()) == len(results) == 4
-    figures = json.loads((whole / "report.json").read_text())
-    for arm in ("plain", "aligned"):
-        line, sampled = results[0, arm], results[0, arm, "sit", 6, "no guidance"]
-        for name, value in (("FD", "FD of samples, no guidance"),
-                            ("class accuracy", "class accuracy of samples, no guidance"),
-                            ("FD to own reconstructions", "FD of samples to own reconstructions, no guidance")):
-            assert sampled[name] == pytest.approx(figures[arm][value], rel=1e-4)
-        for name in ("PSNR of reconstructions, dB", "linear probe on latents, accuracy"):
-            assert line[name] == pytest.approx(figures[arm][name], rel=1e-5)
-        assert 1 <= line["dimensions"] <= 4 * 8 * 8 and sum(line["rings"]) == pytest.approx(1)
-        assert len(line["channels"]) == 4 and sum(line["channels"]) == pytest.approx(1)
-        assert 0 <= sampled["precision"] <= 1 <= sampled["IS"] <= 10
-    assert train.measure_study(cfg, tmp_path) == results and (tmp_path / "results.jsonl").read_text() == lines
-    (tmp_path / "results.jsonl").write_text(lines[:-30])                         # a kill within the last line
-    assert train.measure_study(cfg, tmp_path).keys() == results.keys()
-    assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 4
-    evaluator = tmp_path / "evaluator" / "evaluator.safetensors"
-    weights = safetensors.torch.load_file(evaluator)
+    """Its plan has every seed, length, family and guidance for both; what is there is measured
+    once, with the figures of the demo's report; what is missing is not in the tables."""
+    study, out, names = demo.study, tmp_path / "study", ("plain", "aligned")
+    words = ["demo.study", "--out", out, "--steps", 6, "--num", 20, "--dry-run"]
+    jobs = command(*words).stdout.splitlines()
+    sets = 2 * 3 * 3 * 2 * 3 + 2 * 3 * 3 + len(study.AUTOENCODERS) - 2 + 2 * 3
+    assert sum("sample.py" in job for job in jobs) == sets == 150
+    assert len(jobs) == len(set(jobs)) and not out.exists()
+    plan, runs = study.Plan(True, 6, 20), {}
+    for name, autoencoder in zip(names, ("vae", "align")):           # those of the demo
+        run = runs[name] = study.Run(0, name, "sit", 6, "no guidance")
+        folder, samples = study.folder_of(out, 0, name), study.samples_of(out, run)
+        for source, target in ((autoencoder, autoencoder), ("latents", "latents"),
+                               ("align", "mlps/align"), ("sit", "sit-6/sit")):
+            shutil.copytree(whole / name / source, folder / target)
+        for ending in (".npz", ".json"):
+            shutil.copy(whole / name / f"samples{ending}", samples.with_suffix(ending))
+    for name in ("judge", "teacher"):
+        shutil.copytree(whole / name, out / name)
+    seconds = {study.name_of(study.samples_of(out, run), out): 1.5 for run in runs.values()}
+    train.write_json(seconds, out / "timings.json")
+
+    results, file = study.last_of_each(study.measure(plan, out)), out / "results.jsonl"
+    lines = file.read_text().splitlines()
+    assert len(lines) == len(results) == 4
+    report = train.read_json(whole / "report.json")
+    for name, run in runs.items():
+        figures, of_autoencoder, of_samples = report[name], results[0, name], results[run]
+        for key in ("PSNR of reconstructions, dB", "linear probe on latents, accuracy",
+                    "masks from latents, mIoU", "cosine to the teacher, patches"):
+            assert of_autoencoder[key] == pytest.approx(figures[key], rel=1e-5)
+        for key in ("FD of samples", "FD of samples to own reconstructions",
+                    "class accuracy of samples"):
+            expected = figures[f"{key}, no guidance"]
+            found = of_samples[key.replace(" of samples", "")]
+            assert found == pytest.approx(expected, rel=1e-4, abs=1e-8)
+        channels, rings = of_autoencoder["channels"], of_autoencoder["rings"]
+        assert sum(channels) == pytest.approx(1) == sum(rings) and len(channels) == 8
+        assert 1 <= of_autoencoder["dimensions"] <= 8 * 8 * 8
+        assert 0 <= of_samples["precision"] <= 1 <= of_samples["IS"] <= 10
+    study.measure(plan, out)
+    assert file.read_text().splitlines() == lines
+    judge = out / "judge" / "judge.safetensors"
+    weights = safetensors.torch.load_file(judge)
     weights["classifier.bias"] += 1
-    safetensors.torch.save_file(weights, evaluator)                              # another judge: all is due anew
-    assert train.measure_study(cfg, tmp_path).keys() == results.keys()
-    assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 8
-    evaluator.unlink()                                                           # without one, what is known stands
-    assert train.measure_study(cfg, tmp_path).keys() == results.keys()
-    train.study_report(cfg, tmp_path, results)
-    text = (tmp_path / "report.md").read_text()
-    plain, aligned = (results[0, arm, "sit", 6, "no guidance"]["FD"] for arm in ("plain", "aligned"))
-    assert f"| SiT | 6 | no guidance | {plain:.2f} | {aligned:.2f} | {100 * (aligned / plain - 1):.0f} % |" in text
-    assert "2 of the 150 sets are there" in text and "| DiT |" not in text and "guidance 1.5 |" not in text
+    safetensors.torch.save_file(weights, judge)          # another judge: all is due anew
+    results = study.last_of_each(study.measure(plan, out))
+    assert len(results) == 4 and len(file.read_text().splitlines()) == 8
+
+    study.write_report(plan, out)
+    text = (out / "report.md").read_text()
+    plain, aligned = (results[run]["FD"] for run in runs.values())
+    change = f"{100 * (aligned / plain - 1):.0f} %"
+    assert f"| SiT | 6 | no guidance | {plain:.2f} | {aligned:.2f} | {change} |" in text
     assert "| 20 samples of SiT, no guidance | 1.5 (1.5 to 1.5) | 1.5 (1.5 to 1.5) | +0 % |" in text
-    assert Image.open(tmp_path / "samples.png").width > 250 and not (tmp_path / "fd.png").exists()
+    assert "2 of the 150 sets are there" in text
+    assert "| DiT |" not in text and "guidance 1.5 |" not in text
+    assert Image.open(out / "samples.png").width > 250 and not (out / "fd.png").exists()
 
 
-def test_the_tables_of_the_readme_are_those_of_its_results():
-    """All tables of the scenes, the main one of CIFAR-10; and no set of samples of the two plans is missing."""
-    readme = (HERE / "README.md").read_text().splitlines()
-    for file, given in (("study.jsonl", {}), ("study-cifar10.jsonl", {"data": "cifar10.zip"})):
-        results = {tuple(line["run"]): line
-                   for line in map(json.loads, (HERE / "assets" / file).read_text().splitlines())}
-        cfg = train.resolve({"stage": "study", **given}, "study")
-        runs = train.study_runs(cfg)
-        assert set(runs) <= results.keys()
-        tables = train.main_table(runs, (0, 1, 2), results) if given else train.study_tables(cfg, results)
-        tables = [line for line in tables if line.startswith(("|", "*"))]
-        assert len(tables) >= (8 if given else 60) and set(tables) <= set(readme)
-
-
-def test_weights_and_controls_of_the_alignment_do_what_they_say(whole, tmp_path):
-    """The log tells the parts of which the align loss is made; shuffled targets are those of other images; one scale
-    makes latents of deviation 1 over all channels; and transformers can share latents."""
-    first = {}
-    for name, options in {"both": [], "patch": ["--cls-weight", 0], "cls": ["--patch-weight", 0],
-                          "shuffled": ["--shuffle-targets"], "one": ["--latent-scale", "one"]}.items():
-        command("train.py", "--stage", "align", "--out", tmp_path / name, "--teacher", whole / "teacher", *SMALL,
-                "--steps", 1, "--log-every", 1, "--save-every", 1, *options)
-        first[name] = log_without_rates(tmp_path / name / "align")[0]
-    d = {part: 1 - first["both"][f"cos_{part}"] + 0.1 * first["both"][f"l1_{part}"] for part in ("patch", "cls")}
-    assert first["both"]["align"] == pytest.approx(d["patch"] + d["cls"], rel=1e-5)
-    assert first["patch"]["align"] == pytest.approx(d["patch"], rel=1e-5)
-    assert first["cls"]["align"] == pytest.approx(d["cls"], rel=1e-5)
-    assert first["shuffled"]["mse"] == first["both"]["mse"]
-    assert abs(first["shuffled"]["align"] - first["both"]["align"]) > 1e-3
-    autoencoder = vae.AutoencoderKL.from_pretrained(tmp_path / "one" / "align")
-    assert autoencoder.config["latents_mean"] is None
-    with torch.no_grad():
-        images = train.Scenes("train", 240, 32).images
-        posterior = autoencoder.encode(train.to_float(images, "cpu")).latent_dist
-    z = autoencoder.normalize(one_deviation_off(posterior.mean, posterior.std))
-    assert z.std().item() == pytest.approx(1, abs=3e-3) and z.std((0, 2, 3)).std() > 0.01
-    run = copy_of(whole, tmp_path / "shared", "vae")
-    command("train.py", "--stage", "sit", "--out", run, "--latents", whole / "plain" / "latents", *SMALL, "--steps", 1)
-    assert (run / "sit" / "ema.safetensors").is_file() and not (run / "latents").exists()
+def test_the_tables_of_the_demos_readme_are_those_of_its_results():
+    """All tables of the scenes, the main ones of CIFAR-10; no set of the two plans is missing."""
+    readme = (HERE / "demo" / "README.md").read_text().splitlines()
+    for file, words, sets in (("study.jsonl", [], 150),
+                              ("study-cifar10.jsonl", ["--data", "cifar10.zip"], 12)):
+        said = command("demo.study", "tables", HERE / "demo" / file, *words).stdout
+        assert f"{sets} of the {sets} sets are there" in said
+        said = said.split("## Why")[0] if words else said
+        tables = [line for line in said.splitlines() if line.startswith(("|", "*"))]
+        assert len(tables) >= (8 if words else 60) and set(tables) <= set(readme)
 
 
 def test_white_latents_have_all_dimensions_and_a_flat_spectrum():
     """The share of the smallest ring, with 80,000 numbers, has a deviation of 0.5 %."""
-    z = torch.randn(40_000, 2, 4, 4)
-    dimensions, rings = train.latent_spectrum(z)
+    dimensions, rings = demo.study.latent_spectrum(torch.randn(40_000, 2, 4, 4))
     assert 31 < dimensions <= 32
     counts = np.bincount([round(math.hypot(a, b)) for a in (0, 1, 2, 1) for b in (0, 1, 2, 1)])
     np.testing.assert_allclose(rings, counts / 16, rtol=0.05)
-    dimensions, rings = train.latent_spectrum(torch.randn(4000, 2, 1, 1).expand(-1, -1, 4, 4))
+    flat = torch.randn(4000, 2, 1, 1).expand(-1, -1, 4, 4)
+    dimensions, rings = demo.study.latent_spectrum(flat)
     assert 1.9 < dimensions <= 2.001 and rings[0] == pytest.approx(1)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Bad input: one line, exit status 2
 
-NO_NETWORK = "http://127.0.0.1:9"                                               # a proxy that nobody is
-
-
-def refused(program, *words, **env):
-    """The line with which a program refuses what it was given, with exit status 2."""
-    done = command(program, *words, check=False, **env)
-    assert done.returncode == 2, done.stderr[-2000:]
-    return [line for line in done.stderr.splitlines() if line.strip()][-1]
-
-
-def broken_data(tmp_path, kind):
-    root = tmp_path / kind
-    if kind == "missing":
-        return root
-    if kind == "text":
-        root.write_text("not a zip")
-        return root
-    write_images(root)
-    if kind == "empty class":
-        for split in ("train", "test"):
-            (root / split / "c_empty").mkdir()
-    if kind == "other classes":
-        (root / "test" / "a_red").rename(root / "test" / "z_other")
-    if kind == "broken image":
-        for file in (root / "train" / "a_red").iterdir():
-            file.write_bytes(b"\x89PNG but not really")
-    if kind == "no classes":
-        shutil.rmtree(root)
-        root.mkdir()
-        Image.new("RGB", (8, 8)).save(root / "a.png")
-    return root
+NO_NETWORK = "http://127.0.0.1:9"                        # a proxy that nobody is
 
 
 @pytest.mark.parametrize("kind, says", [
-    ("missing", "no folder and no .zip"), ("text", "no folder and no .zip"), ("other classes", "other classes"),
-    ("empty class", "c_empty has no images"),
-    ("no classes", "no class folders"), ("broken image", "cannot be read")])
+    ("missing", "no folder and no .zip"), ("text", "no folder and no .zip"),
+    ("broken zip", "is a broken .zip"), ("empty", "has no images"),
+    ("other classes", "train/ and test/ have other classes, ['c']"), ("damaged", "cannot be read")])
 def test_bad_data_is_refused(tmp_path, kind, says):
-    data = broken_data(tmp_path, kind)
-    line = refused("train.py", "--stage", "vae", "--data", data, "--out", tmp_path / "run", "--steps", 2, *SMALL)
-    assert says in line and str(data) in line
-    if kind != "broken image":                                                   # the chain says so before it starts
-        assert says in refused("train.py", "--data", data, "--out", tmp_path / "chain")
-        assert not (tmp_path / "chain").exists()
-    if kind != "broken image":
-        assert not (tmp_path / "run" / "vae").exists(), "a refused command has left something behind"
-
-
-def test_an_image_that_a_worker_cannot_read_is_one_line_too(tmp_path):
-    """The real command: its exit status, and no traceback."""
-    data = broken_data(tmp_path, "broken image")
-    done = command("train.py", "--stage", "vae", "--data", data, "--out", tmp_path / "run", "--workers", 1, *SMALL,
-                   check=False, fresh=True)
-    line = [line for line in done.stderr.splitlines() if line.strip()][-1]
-    assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert "cannot be read" in line and "a_red" in line
+    data = tmp_path / "data"
+    if kind == "text":
+        data.write_text("not a zip")
+    elif kind == "broken zip":
+        zipped(write_images(tmp_path / "images", ["a"], 2), data)
+        data.write_bytes(data.read_bytes().replace(b"PK\1\2", b"PK\1\1"))
+    elif kind == "empty":
+        (data / "train" / "a").mkdir(parents=True)
+    elif kind == "other classes":
+        write_images(data, ["train/a", "train/b", "test/a", "test/b", "test/c"], 1)
+    elif kind == "damaged":
+        for path in write_images(data, ["a"], 4).rglob("*.png"):
+            path.write_bytes(b"\x89PNG but not really")
+    words = ["--data", data, "--out", tmp_path / "run"]
+    workers = ["--workers", 1] if kind == "damaged" else []          # which find it out
+    for program in (["train.py", "--stage", "vae", *SMALL, *workers], ["demo.teacher", "judge"]):
+        line = refused(*program, *words)
+        assert says in line and str(data) in line
+        assert not list((tmp_path / "run").rglob("*.safetensors"))
+        assert kind == "damaged" or not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("words, says", [
-    (["--stage", "align"], "--stage teacher"), (["--stage", "latents"], "--stage vae"),
-    (["--stage", "sit"], "--stage vae"), (["--stage", "report"], "python train.py"),
-    (["--stage", "nonsense"], "invalid choice"),
-    (["--stage", "vae", "--steps", "0"], "want at least 1"), (["--stage", "vae", "--channels", "9"], "norm_num_groups"),
-    (["--stage", "vae", "--log-every", "7"], "multiple of"), (["--stage", "vae", "--seed", "-1"], "want at least 0"),
-    (["--stage", "vae", "--image-size", "30"], "halved"), (["--vae", "x"], "for one --stage"),
-    (["--stage", "vae", "--scenes", "2"], "want at least 20"),
-    (["--stage", "vae", "--precision", "fp16"], "invalid choice"),
-    (["--stage", "vae", "--accumulate", "3"], "does not divide by 1 and --accumulate 3"),
-    (["--stage", "study", "--kl-weight", "1e-5"], "--kl-weight is what the study varies"),
-    (["--stage", "study", "--no-labels"], "--labels is what the study varies"),
-    (["--stage", "study", "--steps", "1"], "half as long"), (["--stage", "study", "--log-every", "7"], "multiple of"),
-    (["--stage", "vae", "--perceptual-weight", "1"], "vgg16-397923af.pth is not in")])
+    (["--stage", "latents"], "--stage vae or align"), (["--stage", "sit"], "--stage vae or align"),
+    (["--stage", "nonsense"], "invalid choice"), (["--steps", "0"], "want at least 1"),
+    (["--channels", "9"], "norm_num_groups"), (["--log-every", "7"], "multiple of"),
+    (["--seed", "-1"], "want at least 0"), (["--image-size", "30"], "not halved 2 times"),
+    (["--lr", "nan"], "--lr nan"), (["--label-dropout", "1.5"], "at most 1"),
+    (["--precision", "fp16"], "invalid choice"), (["--data", ""], "want a folder or .zip"),
+    (["--accumulate", "3"], "does not divide by 1"),
+    (["--freeze"], "--stage align --init FOLDER"), (["--init", "nowhere"], "nowhere"),
+    (["--stage", "align", "--teacher", "dinov2_vitx14"], "one of dinov2_vits14, "),
+    (["--out", "DATA/run"], "lies inside --data"), (["--out", "FILE/x"], "cannot be written"),
+    (["--stage", "vae", "sit", "--batch-size", "0"], "--batch-size 0"),
+    (["--perceptual-weight", "1"], "vgg16-397923af.pth is not in")])
 def test_bad_commands_are_refused(tmp_path, words, says):
-    line = refused("train.py", "--out", tmp_path / "run", "--scenes", 20, *words, REALS_CACHE=str(tmp_path),
-                   https_proxy=NO_NETWORK)
-    assert says in line
+    """Before any work, and without weights left behind."""
+    data = write_images(tmp_path / "data", ["."], 20)
+    (tmp_path / "file").touch()
+    words = [word.replace("DATA", str(data)).replace("FILE", str(tmp_path / "file"))
+             for word in words]
+    assert says in refused("train.py", "--stage", "vae", *SMALL, "--data", data, "--out",
+                           tmp_path / "run", *words, REALS_CACHE=str(tmp_path / "cache"),
+                           https_proxy=NO_NETWORK)
+    assert not [*tmp_path.rglob("*.pt"), *tmp_path.rglob("*.safetensors")]
 
 
 def test_missing_and_foreign_inputs_are_refused(whole, tmp_path):
-    out = copy_of(whole, tmp_path / "arm", "vae", "latents")
-    assert "steps" in refused("train.py", "--stage", "vae", "--out", out, *SMALL, "--steps", 7)
-    assert "SiT-SIZE/PATCH" in refused("train.py", "--stage", "sit", "--out", out, "--vae", whole / "plain" / "vae",
-                                       *SMALL, "--model", "SiT-Huge/2")
-    other = whole / "aligned" / "align"
-    assert "another autoencoder" in refused("train.py", "--stage", "sit", "--out", out, "--vae", other, *SMALL)
-    shutil.rmtree(out / "latents")
-    assert "--stage latents" in refused("train.py", "--stage", "sit", "--out", out, *SMALL)
-    assert "choose another --out" in refused("train.py", "--out", whole, "--steps", 7)
-    assert "--stage sit" in refused("sample.py", "--run", tmp_path, "--out", tmp_path / "x.npz")
-    assert "num_steps = 8, not 50" in refused("sample.py", "--run", whole / "plain", "--num", 20, "--latents", "--out",
-                                              whole / "plain" / "samples.npz")
-    words = ["sample.py", "--run", whole / "plain", "--out", tmp_path / "x.npz", "--num"]
-    assert "at least 1" in refused(*words, 0)
-    assert "--metrics is only for --reconstruct" in refused(*words, 2, "--metrics", "psnr")
-    assert "sampler 'ddpm' is not known: choose euler" in refused(*words, 2, "--sampler", "ddpm")
-    assert "stage align" in refused(*words, 2, "--tasks", "features")
+    out, x = copy_of(whole, tmp_path / "lane", "vae", "latents"), ["--out", tmp_path / "x.npz"]
+    for name, flags, says in (
+            ("vae", {}, "holds a run with steps = 6, not 1400"),
+            ("sit", {"model": "SiT-Huge/2"}, "SiT-SIZE/PATCH"),
+            ("sit", {"vae": whole / "aligned" / "align"}, "another autoencoder"),
+            ("sit", {"latents": tmp_path}, "--stage latents"),
+            ("align", {"teacher_size": 30}, "multiple of the teacher's patches"),
+            ("align", {"init": tmp_path}, "config.json"),
+            ("align", {"teacher": tmp_path}, "config.json not found")):
+        assert says in refused(*stage(whole, name, out, **flags))
+    assert "steps = 6, not 7" in refused("demo.teacher", "judge", "--data", whole / "scenes.zip",
+                                         "--out", whole / "judge", "--steps", 7)
+    assert "not found" in refused("demo.report", "--out", tmp_path)
+
+    run = copy_of(whole, tmp_path / "retrained", "vae", "sit")
+    (run / "vae" / "diffusion_pytorch_model.safetensors").write_bytes(b"other weights")
+    settings, path = train.read_json(run / "sit" / "settings.json"), run / "sit" / "settings.json"
+    train.write_json({**settings, "vae": "gone/vae"}, path)
+    assert "is not the autoencoder" in refused("sample.py", "--run", run, *x)
+    path.write_text('{"vae": ')
+    assert "settings.json is damaged" in refused("sample.py", "--run", run, *x)
+    shutil.copytree(whole / "plain" / "sit", out / "sit")
+    settings = train.read_json(out / "sit" / "settings.json")
+    train.write_json({**settings, "vae": str(out / "vae")}, out / "sit" / "settings.json")
+    for words, says in (
+            (["--run", tmp_path, *x], "--stage sit"),
+            (["--run", out, *x, "--tasks", "features"], "stage align"),
+            (["--run", out, *x, "--num", 0], "at least 1"),
+            (["--run", out, *x, "--metrics", "psnr"], "--metrics is only for --reconstruct"),
+            (["--run", out, *x, "--sampler", "ddpm"], "sampler 'ddpm' is not known: choose euler"),
+            (["--run", whole / "plain", "--num", 20, "--latents", "--out",
+              whole / "plain" / "samples.npz"], "num_steps = 8, not 50")):
+        assert says in refused("sample.py", *words)
     assert not (tmp_path / "x.npz").exists()
-    arm = copy_of(whole, tmp_path / "retrained", "vae", "sit")
-    (arm / "vae" / "diffusion_pytorch_model.safetensors").write_bytes(b"other weights")
-    settings = json.loads((arm / "sit" / "settings.json").read_text())
-    (arm / "sit" / "settings.json").write_text(json.dumps({**settings, "vae": "gone/vae"}))
-    assert "is not the autoencoder" in refused("sample.py", "--run", arm, "--num", 2, "--out", tmp_path / "x.npz")
-    (arm / "sit" / "settings.json").write_text('{"vae": ')
-    assert "settings.json is damaged" in refused("sample.py", "--run", arm, "--num", 2, "--out", tmp_path / "x.npz")
-    words = ["--stage", "align", "--out", tmp_path / "f", *SMALL]
-    assert "multiple of the teacher's patches" in refused("train.py", *words, "--teacher", whole / "teacher",
-                                                          "--teacher-size", 30)
-    assert "config.json not found" in refused("train.py", *words, "--teacher", whole / "teacher", "--init", tmp_path)
-    assert "published name" in refused("train.py", *words, "--teacher", "dinov2_vitx14")
-    assert "two at once" in refused("train.py", *words, "--teacher", whole / "teacher", "--shuffle-targets",
-                                    "--accumulate", 8)
-    assert "one process" in refused("train.py", "--stage", "report", "--out", whole, RANK="0", WORLD_SIZE="2")
-    data = write_images(tmp_path / "images", count=20)
-    assert "scenes alone" in refused("train.py", "--stage", "teacher", "--no-labels", "--data", data, "--out",
-                                     tmp_path / "f", *SMALL)
 
 
-def test_a_teacher_that_has_changed_is_another_teacher(whole, tmp_path):
-    """Stage align does not go on with it, nor count as done; and a teacher without labels knows depth alone."""
-    words = [*SMALL, "--steps", 2, "--held-out", 8, "--out", tmp_path]
-    command("train.py", "--stage", "teacher", "--no-labels", *words)
-    heads = json.loads((tmp_path / "teacher" / "heads.json").read_text())
-    assert heads["segmentation"] is None and heads["depth"]["max_depth"] == train.FAR
-    assert log_without_rates(tmp_path / "teacher")[-1].keys() >= {"depth_loss"}
-    command("train.py", "--stage", "align", *words)
-    shutil.rmtree(tmp_path / "teacher")
-    command("train.py", "--stage", "teacher", *words)
-    assert {"class_loss", "segment_loss", "depth_loss"} <= log_without_rates(tmp_path / "teacher")[-1].keys()
-    assert "teacher_weights" in refused("train.py", "--stage", "align", *words)
+def test_bad_weights_and_options_are_refused(published, diffused, tmp_path):
+    root, _, _ = published
+    wide = vae.AutoencoderKL(block_out_channels=(32, 32), layers_per_block=1, latent_channels=8)
+    wide.save_pretrained(root / "wide")
+    good = ["--vae", root / "vae", "--ckpt", root / "sit.pt", "--model", "SiT-Ti/2"]
+    run, sde = ["--run", diffused], [*good, "--sampler", "sde-euler"]
+    for words, says in (
+            ([*good, "--model", "SiT-S/2"], "does not fit the network"),
+            ([*good, "--model", "SiT-Ti/4"], "does not fit the network"),
+            ([*good, "--model", "UViT-S/2"], "write SiT-SIZE/PATCH"),
+            ([*good, "--ckpt", "nowhere.pt"], "nowhere.pt not found"),
+            ([*good, "--ckpt", root / "vae" / "diffusion_pytorch_model.safetensors"],
+             "does not hold the weights of a SiT"),
+            ([*good, "--vae", root], "config.json"),
+            ([*good, "--vae", root / "wide"], "has latents of 8 channels"),
+            (["--model", "SiT-Ti/2"], "--ckpt FILE"), ([*run, *good[2:4]], "no --ckpt"),
+            ([*good, "--classes", 31], "numbers from 0 to 30"),
+            ([*good, "--classes", "cat"], "names of classes"),
+            ([*good, "--tasks", "features"], "stage align"),
+            ([*good, "--eta", 1], "--eta is no option of sit.py"),
+            ([*good, "--steps", "ddim5"], "steps ddim5: SiT wants a number"),
+            ([*good, "--steps", "ddimX"], "--steps: ddimX: want 50"),
+            ([*good, "--cfg-interval", 0.9, 0.1], "cfg_interval"),
+            ([*good, "--cfg-channels", 5], "cfg_channels 5"),
+            ([*good, "--cfg-scale", "nan"], "--cfg-scale: nan: want a number"),
+            ([*good, "--sampler", "dopri5", "--atol", 0, "--rtol", 0], "one of them more"),
+            ([*sde, "--diffusion-form", "x"], "diffusion_form 'x'"),
+            ([*sde, "--diffusion-norm", -1], "diffusion_norm -1"),
+            ([*run, "--family", "dit", "--sampler", "ddim", "--eta", 1.5], "eta 1.5: want 0 to 1"),
+            ([*run, "--path", "gvp"], "was trained with linear"),
+            ([*good, "--out", tmp_path / "x.jpg"], "ends in .npz or .zip")):
+        line = refused("sample.py", "--num", 2, "--out", tmp_path / "x.npz", *words)
+        assert says in line and list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("words, says", [
-    (["--vae", "nowhere"], "config.json"), ([], "--vae FOLDER"), (["--run", "x", "--vae", "y"], "no --run"),
-    (["--image-size", 33], "multiple of 4"), (["--image-size", 8], "at least 16"), (["--split", "all"], "splits"),
-    (["--num", 0], "at least 1"), (["--metrics", "lpips"], "vgg16-397923af.pth is not in"),
-    (["--metrics", "fid"], "invalid choice"), (["--cfg-scale", 2], "--cfg-scale is not for --reconstruct"),
+    (["--vae", "nowhere"], "config.json"), (["--image-size", 33], "multiple of 4"),
+    (["--image-size", 8], "at least 16"), (["--num", 0], "at least 1"),
+    (["--run", "x"], "no --run"), (["--metrics", "fid"], "invalid choice"),
+    (["--metrics", "lpips"], "vgg16-397923af.pth is not in"),
+    (["--cfg-scale", 2], "--cfg-scale is not for --reconstruct"),
     (["--classes", 3], "--classes is not for --reconstruct")])
 def test_bad_reconstruct_commands_are_refused(whole, tmp_path, words, says):
-    words = words if not words or "--vae" in words else ["--vae", whole / "plain" / "vae", *words]
-    words = words if "--metrics" in words else [*words, "--metrics", "psnr"]
-    line = refused("sample.py", "--reconstruct", "scenes", "--out", tmp_path / "rec.npz", *words,
-                   REALS_CACHE=str(tmp_path), https_proxy=NO_NETWORK)
+    line = refused("sample.py", "--reconstruct", whole / "scenes.zip", "--vae",
+                   whole / "plain" / "vae", "--metrics", "psnr", "--out", tmp_path / "rec.npz",
+                   *words, REALS_CACHE=str(tmp_path), https_proxy=NO_NETWORK)
     assert says in line and list(tmp_path.iterdir()) == []
 
 
-def test_a_batch_that_does_not_divide_is_refused(tmp_path):
-    words = ["train.py", "--stage", "vae", "--out", tmp_path, "--batch-size", 3, "--scenes", 20]
-    done = command(*words, processes=2, check=False)
-    assert done.returncode != 0 and "does not divide by 2" in done.stderr
+def test_processes_that_do_not_fit_are_refused(whole, tmp_path, monkeypatch):
+    words = stage(whole, "vae", tmp_path)
+    monkeypatch.setattr(train, "device", torch.device("cuda"))
+    monkeypatch.setattr(train, "local_rank", torch.cuda.device_count())
+    assert "start no more processes than GPUs" in refused(*words)
+    monkeypatch.setattr(train, "world_size", 3)
+    assert "does not divide by 3" in refused(*words)
+    monkeypatch.setattr(demo.teacher, "world_size", 2)
+    assert "one process" in refused("demo.teacher", "judge", "--data", whole / "scenes.zip",
+                                    "--out", tmp_path)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The house
 
 @pytest.mark.parametrize("name", ["vae", "align", "sit", "dit", "fid"])
 def test_a_file_stands_alone(tmp_path, name):
     shutil.copy(HERE / f"{name}.py", tmp_path)
-    done = subprocess.run([sys.executable, "-I", "-c", f"import sys; sys.path.insert(0, '.'); import {name}"],
-                          cwd=tmp_path, capture_output=True, text=True)
+    script = f"import sys; sys.path.insert(0, '.'); import {name}"
+    done = subprocess.run([sys.executable, "-I", "-c", script], cwd=tmp_path, capture_output=True,
+                          text=True)
     assert done.returncode == 0, done.stderr
 
 
 def test_ci_runs_what_the_readme_says():
     readme, ci = (HERE / "README.md").read_text(), (HERE / ".ci" / "run").read_text()
-    commands = [line for line in readme.splitlines() if line.startswith("pip install -r requirements.txt")]
-    assert len(commands) == 2 and commands[1] in ci and commands[0].endswith("&& python train.py")
+    start = "pip install -r requirements.txt"
+    commands = [line for line in readme.splitlines() if line.startswith(start)]
+    assert len(commands) == 2 and commands[1] in ci
+    assert commands[0].endswith("&& python train.py")

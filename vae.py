@@ -38,8 +38,11 @@ from tqdm import tqdm
 # Building blocks
 
 def fast_layout(x):
-    """x in the memory layout in which convolutions are fastest: channels last, but for the backward pass on a CPU."""
-    return x if x.device.type == "cpu" and torch.is_grad_enabled() else x.contiguous(memory_format=torch.channels_last)
+    """x with its channels last in memory where that is faster: on a CPU, without gradients. With them it is slower, and
+    on an H100 too, where group norm wants the channels first: 31 images a second instead of 39 in training."""
+    if x.device.type == "cpu" and not torch.is_grad_enabled():
+        return x.contiguous(memory_format=torch.channels_last)
+    return x
 
 
 def silu(x):
@@ -256,12 +259,6 @@ class AutoencoderKL(nn.Module):
     def factor(self):
         """Pixels a side of a latent cell: f = 2^(levels - 1)."""
         return 2 ** (len(self.config["block_out_channels"]) - 1)
-
-    def train(self, mode=True):
-        """As ever; and the weights take the layout of `fast_layout`: channels last, but for training on a CPU."""
-        slow = mode and self.quant_conv.weight.device.type == "cpu"
-        self.to(memory_format=torch.contiguous_format if slow else torch.channels_last)
-        return super().train(mode)
 
     def enable_gradient_checkpointing(self):
         """Keep only the inputs of every block for the backward pass: less memory, one more forward pass."""

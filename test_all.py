@@ -2691,7 +2691,8 @@ def test_killed_encoding_goes_on_where_it_stopped(whole, tmp_path):
     """The latents are those of an uninterrupted run, of any number of processes; what was written
     is kept."""
     command(*stage(whole, "latents", tmp_path / "a", batch_size=1), processes=2)
-    words, folder = stage(whole, "latents", tmp_path / "b", batch_size=1), tmp_path / "b" / "latents"
+    words = stage(whole, "latents", tmp_path / "b", batch_size=1)
+    folder = tmp_path / "b" / "latents"
     work = folder / ".moments.npy.partial"
     row = kill_at_work(words, work, 100)[0]
     assert not (folder / "moments.npy").exists()

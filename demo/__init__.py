@@ -1,0 +1,1 @@
+"""Plain against aligned latents on a built-in world: python -m demo."""

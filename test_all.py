@@ -2351,7 +2351,7 @@ def test_links_are_followed_and_other_files_are_counted(tmp_path, capsys):
     data, held_out = train.open_data(cfg)
     assert data.classes == ("a", "b", "c") and len(data) + len(held_out) == 6
     said = capsys.readouterr().out
-    assert "5 images of 3 classes (a, b, c); 1 held out; 2 other files are passed over" in said
+    assert "5 images of 3 classes (a, b, c); 1 held out; files passed over: 2" in said
     path = zipped(root, tmp_path / "data.zip")           # zipfile follows no link to a folder
     assert train.ImageFolder(path, "all", 8).passed_over == 0
 
@@ -2633,6 +2633,8 @@ def test_a_stopped_stage_ends_like_one_that_ran_through(whole, tmp_path):
     flags = dict(steps=120, log_every=5, save_every=10)
     command(*stage(whole, "sit", through, **flags))
     words, folder = stage(whole, "sit", stopped, **flags), stopped / "sit"
+    folder.mkdir(parents=True)                           # killed before it saved, within a line
+    (folder / "log.jsonl").write_text('{"step": 5, "loss": 1}\n{"step": 1')
     for kind, lines, workers in ((signal.SIGKILL, 5, 1), ("saving", 9, 0), (signal.SIGTERM, 13, 0),
                                  (signal.SIGINT, 16, 1)):
         child = start(*words, "--workers", workers, start_new_session=True)
@@ -2803,8 +2805,10 @@ def test_an_autoencoder_that_is_frozen_stays_as_it_is(whole, tmp_path):
     plain, name = whole / "plain", "diffusion_pytorch_model.safetensors"
     for file in (name, "config.json"):
         assert (plain / "vae" / file).read_bytes() == (plain / "align" / file).read_bytes()
-    command(*stage(whole, "align", tmp_path, "--freeze", init=plain / "vae", align_hidden=64,
-                   steps=40, warmup=0, log_every=10, save_every=40))
+    words = stage(whole, "align", tmp_path, "--freeze", init=plain / "vae", align_hidden=64,
+                  steps=40, warmup=0, log_every=10, save_every=40)
+    command(*words[:3], "latents", *words[3:])           # as README has it: its latents too
+    assert (tmp_path / "latents" / "meta.json").is_file()
     assert (tmp_path / "align" / name).read_bytes() == (plain / "vae" / name).read_bytes()
     *lines, figures = log_of(tmp_path / "align")
     a, b, c, d = (line["align"] for line in lines)
@@ -3504,6 +3508,7 @@ def test_bad_data_is_refused(tmp_path, kind, says):
     ("--channels 9", "norm_num_groups"), ("--image-size 30", "not halved 2 times"),
     ("--data=", "want a folder or .zip"), ("--freeze", "--stage align --init FOLDER"),
     ("--init nowhere", "nowhere"), ("--stage align --teacher dinov2_x", "one of dinov2_vits14, "),
+    ("--stage vae sit --model SiT-X/2", "write SiT-SIZE/PATCH"),
     ("--out DATA/run", "lies inside --data"), ("--out FILE/x", "cannot be written"),
     ("--perceptual-weight 1", "vgg16-397923af.pth is not in")])
 def test_bad_commands_are_refused(tmp_path, words, says):
@@ -3523,6 +3528,7 @@ def test_missing_and_foreign_inputs_are_refused(whole, tmp_path):
             ("vae", {}, "holds a run with steps = 6, not 1400"),
             ("sit", {"model": "SiT-Huge/2"}, "SiT-SIZE/PATCH"),
             ("sit", {"vae": whole / "aligned" / "align"}, "another autoencoder"),
+            ("latents", {"vae": whole / "aligned" / "align"}, "holds a run with vae"),
             ("sit", {"latents": tmp_path}, "--stage latents"),
             ("align", {"teacher_size": 30}, "multiple of the teacher's patches"),
             ("align", {"init": tmp_path}, "config.json"),

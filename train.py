@@ -77,7 +77,7 @@ def flag(group, default, text=None, choices=None):
 class Config:
     """All settings of a stage. The defaults are the paper's, and where it is silent those of the
     official trainings of SiT and DiT. None: as the stage's row of PRESETS or the help says."""
-    stage: str = flag("run", None, "one or several, in turn",
+    stage: str = flag("run", None, "one or several, in turn; a flag holds for all of them",
                       ("vae", "align", "latents", "sit", "dit"))
     data: str = flag("run", None, "folder or .zip: train/CLASS/* and val/CLASS/* (or test/), or "
                      "CLASS/*")
@@ -229,18 +229,25 @@ def resolve(stage, given):
     if cfg.save_every % cfg.log_every:
         stop(f"--save-every {cfg.save_every} is not a multiple of --log-every {cfg.log_every}")
     if stage != "latents" and cfg.batch_size % (world_size * cfg.accumulate):
-        stop(f"--batch-size {cfg.batch_size} is that of all processes: it does not divide by "
-             f"{world_size} processes and --accumulate {cfg.accumulate}")
-    if cfg.freeze and not (cfg.init and stage == "align"):
+        stop(f"--batch-size {cfg.batch_size} is that of all processes together: it does not divide "
+             f"by {world_size} (processes) x {cfg.accumulate} (--accumulate)")
+    if cfg.freeze and (stage == "vae" or not cfg.init):
         stop("--freeze is for --stage align --init FOLDER: it keeps that autoencoder")
+    if stage in FAMILIES:
+        module, network = FAMILIES[stage]
+        try:
+            module.size_arguments(cfg.model, network.__name__)
+        except ValueError as error:
+            stop(error)
     if cfg.precision is None:
-        bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+        bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
         cfg.precision = "bf16" if bf16 else "fp32"
     return cfg
 
 
 # --------------------------------------------------------------------------------------------------
-# Stages vae and align: L = L_mse + w_p L_lpips + w_g L_gan + w_kl L_kl (+ w_a L_align)
+# Stages vae and align: L = L_mse + w_p L_lpips + w_kl L_kl + w_g a_g L_gan (+ w_a a_a L_align)
+# a_g, a_a: ratios of gradients, vae.adaptive_weight (a_a is 1 with --no-align-adaptive)
 
 
 def train_autoencoder(cfg):
@@ -307,7 +314,8 @@ def train_autoencoder(cfg):
 
         stopping = asked_to_stop()                                  # a signal's number, or 0
         if due(step, cfg.log_every, cfg):
-            bar.set_postfix(log.write(step + 1, lr))
+            means = log.write(step + 1, lr)                         # stops where one is not finite
+            bar.set_postfix(means)
         if due(step, cfg.save_every, cfg):
             log.line(step + 1, held_out_figures(cfg, nets, held_out))
         if due(step, cfg.sample_every, cfg):
@@ -571,8 +579,11 @@ class Latents:
             stop(f"{folder}/meta.json not found: run train.py --stage latents --out "
                  f"{folder.parent} first")
         meta = read_json(folder / "meta.json")
-        self.moments = np.load(folder / "moments.npy", mmap_mode="r")
-        self.labels = torch.from_numpy(np.load(folder / "labels.npy"))
+        try:
+            self.moments = np.load(folder / "moments.npy", mmap_mode="r")
+            self.labels = torch.from_numpy(np.load(folder / "labels.npy"))
+        except (OSError, ValueError) as error:
+            stop(f"{folder} is damaged ({error}): run stage latents again with another --out")
         self.classes, self.autoencoder, self.mean, self.std = (
             meta[name] for name in ("classes", "autoencoder", "mean", "std"))
         self.flip = len(self.moments) == 2
@@ -603,6 +614,9 @@ def train_diffusion(cfg):
         stop(f"{latents.folder} was encoded by another autoencoder than {source}: run stage "
              "latents with another --out")
     autoencoder = load_autoencoder(source).to(device)
+    latents.flip = latents.flip and cfg.flip
+    cfg = dataclasses.replace(cfg, flip=latents.flip,               # as they are, to be noted
+                              image_size=latents.moments.shape[-1] * autoencoder.factor)
     net, config = new_transformer(cfg, latents)
     folder = begin(cfg, latents.facts(), net, vae=str(source), autoencoder=latents.autoencoder)
     if folder is None:
@@ -651,7 +665,8 @@ def train_diffusion(cfg):
 
         stopping = asked_to_stop()                                  # a signal's number, or 0
         if due(step, cfg.log_every, cfg):
-            bar.set_postfix(log.write(step + 1, lr))
+            means = log.write(step + 1, lr)                         # stops where one is not finite
+            bar.set_postfix(means)
         if due(step, cfg.sample_every, cfg):
             picture = folder / "samples" / f"step-{step + 1:07}.png"
             draw_samples(cfg, ema, autoencoder, latents, picture)
@@ -804,7 +819,9 @@ class Log:
 
     def __init__(self, cfg, folder):
         self.path, self.every, self.batch_size = folder / "log.jsonl", cfg.log_every, cfg.batch_size
-        self.stage, self.sums, self.clock, self.steps = cfg.stage, {}, None, 0
+        self.sums, self.clock, self.steps = {}, None, 0
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)              # of the stage before
 
     def start_clock(self):
         """Time runs from here to the next line; what comes after that, pictures for example, does
@@ -825,15 +842,16 @@ class Log:
                               dtype=torch.float64)
         if world_size > 1:
             dist.all_reduce(totals, group=cpu_group)
-        for name, (total, _) in zip(names, totals.tolist()):
-            if not math.isfinite(total):
+        totals = dict(zip(names, totals.tolist()))
+        for name in self.sums:                                      # the losses before the gradient
+            if not math.isfinite(totals[name][0]):
                 path = self.path.with_name("checkpoint.pt")
                 good = "there is no checkpoint yet"
                 if path.is_file():
                     good = f"the last good checkpoint is {path}"
                 stop(f"{self.path.parent}: {name} is not finite in the last {self.every} steps; "
-                     f"{good}; try a smaller --lr, --clip 1 or --precision fp32")
-        totals = dict(zip(names, totals.tolist()))
+                     f"{good}; begin anew with a smaller --lr, --clip 1 or --precision fp32, and "
+                     "another --out")
         return {name: tuple(totals[name]) for name in self.sums}
 
     def write(self, step, lr):
@@ -876,6 +894,8 @@ def save_checkpoint(folder, step, parts, log):
         try:
             with atomic_file(path) as file:
                 torch.save({"step": step, "log": totals, **state}, file)
+                file.flush()
+                os.fsync(file.fileno())                             # before the last one goes
                 if path.is_file():
                     os.replace(path, folder / "previous.pt")
         except (OSError, RuntimeError) as error:                 # torch wraps what its writer meets
@@ -902,12 +922,13 @@ def load_checkpoint(folder, parts, log):
     else:
         if paths:
             stop(f"{folder} has no checkpoint that can be read: move {folder} away to begin anew")
+        log.go_on(0, {})                                            # killed before it saved
         return 0
     for name, part in parts.items():
         part.load_state_dict(state[name])
     log.go_on(state["step"], state["log"])
     if rank == 0:
-        for leftover in folder.glob(".checkpoint.pt.*.tmp"):        # of a save that was killed
+        for leftover in folder.glob(".*.tmp"):                      # of a save that was killed
             leftover.unlink()
     return state["step"]
 
@@ -1033,7 +1054,6 @@ class ImageFolder:
         if not images:
             raise DataError(f"--data {path} has no images: want files that end in "
                             f"{', '.join(SUFFIXES)}")
-        self.passed_over = len(names) - len(images)
         around, splits = find_splits(images)
         held_out = next((splits[name] for name in HELD_OUT if name in splits), None)
         whole = splits.get("train", around)
@@ -1048,6 +1068,7 @@ class ImageFolder:
         else:
             train = [file for i, file in enumerate(files) if i % 20 or len(files) == 1]
             self.splits = {"train": train, "test": files[::20], "all": files}
+        self.passed_over = len(names) - len(self.splits["all"])
         self.take(split)
 
     def take(self, split):
@@ -1136,7 +1157,7 @@ def open_data(cfg):
     classes = train_set.classes
     names = ", ".join((*classes[:3], *["..."][:len(classes) - 3]))
     say(f"{cfg.data}: {len(train_set):,} images of {len(classes)} classes ({names}); "
-        f"{len(held_out):,} held out; {train_set.passed_over} other files are passed over")
+        f"{len(held_out):,} held out; files passed over: {train_set.passed_over}")
     return train_set, held_out
 
 
@@ -1249,7 +1270,8 @@ def begin(cfg, data, net, **facts):
     settings.update(stage=cfg.stage, precision=cfg.precision, **data, **facts)
     settings = json.loads(json.dumps(settings))                     # as they are read back
     # their sha256 counts
-    moved = {"vae", "latents", "init", *({"teacher"} if "teacher_weights" in facts else ())}
+    moved = {"latents", "init", *({"vae"} if "autoencoder" in facts else ()),
+             *({"teacher"} if "teacher_weights" in facts else ())}
     path = folder / "settings.json"
     if path.is_file():
         before = read_json(path)
@@ -1288,8 +1310,10 @@ def lock(folder):
     try:
         # not flock: a loader's processes would inherit it, and outlive a killed one for seconds
         fcntl.lockf(locks[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    except (BlockingIOError, PermissionError):                      # POSIX allows either
         stop(f"another process works in {folder}: wait for it, stop it, or choose another --out")
+    except OSError:                                                 # a file system without locks
+        say(f"{folder} cannot be locked: start no second run there")
 
 
 def finish(folder):
@@ -1298,7 +1322,7 @@ def finish(folder):
     log, figures = folder / "log.jsonl", {}
     for line in log.read_text().splitlines()[-2:] if log.is_file() else ():
         figures.update(json.loads(line))
-    said = ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
+    said = ", ".join(f"{name} {value:.6g}" for name, value in figures.items())
     say(f"{folder} is done" + (f": {said}" if said else ""))
 
 
@@ -1481,11 +1505,12 @@ def join_processes():
                  "start no more processes than GPUs, or hide them by CUDA_VISIBLE_DEVICES=")
         torch.cuda.set_device(device)
     if world_size > 1 and not dist.is_initialized():
+        hour = timedelta(hours=1)
         store, *_ = next(rendezvous("env://"))
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank,
-                                world_size=world_size, timeout=timedelta(hours=1))
-        cpu_group = dist.new_group(backend="gloo")
+                                world_size=world_size, timeout=hour)
+        cpu_group = dist.new_group(backend="gloo", timeout=hour)
 
 
 def barrier():
@@ -1533,11 +1558,11 @@ def say(text):
 
 
 def stop(message):
-    """A mistake of the user: one line, exit status 2. An exception from a loader's process comes
-    with its traceback, of which the last line is the message. What all processes find is said by
-    the first one: torchrun ends the others, who wait for that."""
+    """End with one line and exit status 2: a mistake of the user. Processes after the first wait 3
+    seconds, so that what all of them find is said once: torchrun ends them meanwhile."""
     if rank > 0:
         time.sleep(3)
+    # from a loader's process the message comes as the last line of a traceback
     line = str(message).splitlines()[-1].split("DataError: ")[-1]
     print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
     sys.exit(2)

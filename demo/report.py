@@ -23,8 +23,8 @@ import torch.nn.functional as F
 import align
 import fid
 import vae
-from demo import pictures
 from demo.__main__ import read_timings
+from demo.pictures import scatter, tsne
 from demo.scenes import FAR, NEAR, truth_path
 from demo.teacher import load_judge
 from sample import (by_class, legend_of, load_heads, load_task_heads, read_latents, read_tasks,
@@ -256,8 +256,8 @@ def draw_report(out, referee, lanes):
         for name, lane in lanes.items():
             # 4 x 4 cells: what is where, roughly; a shift of two pixels counts little
             pooled = F.adaptive_avg_pool2d(lane.x, 4).flatten(1).cpu()           # (N, 16 C)
-            panels[f"{name} latents of held-out images, t-SNE"] = pictures.tsne(pooled[some])
-        drawn["embedding.png"] = pictures.scatter(panels, labels[some], referee.classes)
+            panels[f"{name} latents of held-out images, t-SNE"] = tsne(pooled[some])
+        drawn["embedding.png"] = scatter(panels, labels[some], referee.classes)
     for name, picture in drawn.items():
         save_picture(picture, out / name)
     return list(drawn)

@@ -25,8 +25,8 @@ import torch
 
 import fid
 import train
-from demo import pictures
 from demo.__main__ import command, read_timings, run_lanes
+from demo.pictures import plot
 from demo.report import (DEPTH, MASKS, Referee, frechet, in_batches, load_lane, load_samples,
                          score_autoencoder, score_latents)
 from demo.scenes import truth_path
@@ -518,7 +518,7 @@ def draw_study(plan, out, results):
                       for name, curve in by_name.items()}
               for title, by_name in curves.items() if max(map(len, by_name.values())) > 1}
     if panels:
-        drawn["fd.png"] = pictures.plot(panels, (380, 220))
+        drawn["fd.png"] = plot(panels, (380, 220))
     if columns:
         drawn["samples.png"] = sheet(columns)
     for name, picture in drawn.items():

@@ -1184,6 +1184,7 @@ def load_batches(data, cfg, start):
 
 
 def keys_of_steps(count, flip, cfg, start):
+    """Keys [(index, flipped), ...] of this process' rows of each step that is left."""
     share, epoch = cfg.batch_size // world_size, None
     for step in range(start, cfg.steps):
         keys, first = [], step * cfg.batch_size + rank * share

@@ -134,6 +134,7 @@ def read_timings(out):
 
 
 def parse_arguments(argv=None):
+    """The flags, and what follows from them: built_in, has_truth, shorter."""
     parser = argparse.ArgumentParser(prog="python -m demo", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = stop                                  # one line, without the usage
@@ -154,6 +155,7 @@ def parse_arguments(argv=None):
 
 
 def main():
+    """Run all commands of the demo, the report last; stops under torchrun."""
     cfg = parse_arguments()
     if world_size > 1:
         stop("the demo starts its own processes: run it without torchrun")

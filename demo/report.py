@@ -338,6 +338,7 @@ def report(out):
 
 
 def main(argv=None):
+    """The report of a finished demo; stops with one line where something of it is missing."""
     parser = argparse.ArgumentParser(prog="python -m demo.report", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = stop                                  # one line, without the usage

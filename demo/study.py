@@ -556,6 +556,7 @@ def study(cfg, out):
 
 
 def parse_arguments(argv):
+    """The flags with the plan that they make, and the folder of the study."""
     parser = argparse.ArgumentParser(prog="python -m demo.study", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = stop                                  # one line, without the usage
@@ -579,11 +580,12 @@ def parse_arguments(argv):
     cfg.shorter = ["--steps", cfg.steps] if cfg.steps else []
     cfg.common = ["--preset", "small", "--data", cfg.data]
     if scenes:
-        cfg.common.append("--no-flip")                   # the lamp of the scenes stands on the left
+        cfg.common.append("--no-flip")                   # more scenes rather than mirrored ones
     return cfg, out
 
 
 def main(argv=None):
+    """The study, its tables from a file, or one stage with settings that are no flags."""
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["stage"]:
         return train.main(argv[2:], **json.loads(argv[1]))

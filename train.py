@@ -263,14 +263,16 @@ def train_autoencoder(cfg):
     net, discriminator = nets.net, nets.discriminator
     learned = [p for p in net.parameters() if p.requires_grad]
     opt = torch.optim.AdamW(learned, cfg.lr, (0.9, 0.99), weight_decay=cfg.weight_decay, fused=True)
-    parts = dict(net=net, opt=opt)
+    kept, optimizers = dict(net=net, opt=opt), [opt]                # what a checkpoint holds
     if discriminator:
         d_opt = torch.optim.AdamW(discriminator.parameters(), cfg.lr, (0.5, 0.9), weight_decay=0.0,
                                   fused=True)
-        parts.update(discriminator=discriminator, d_opt=d_opt)
+        kept.update(discriminator=discriminator, d_opt=d_opt)
+        optimizers.append(d_opt)
     log = Log(cfg, folder)
-    start = load_checkpoint(folder, parts, log)
-    model, d_model = compiled_and_parallel(cfg, net), parallel(discriminator)
+    start = load_checkpoint(folder, kept, log)
+    compile_networks(cfg, net.vae.encoder, net.vae.decoder)         # the halves: no loss is in them
+    model, d_model = parallel(net), parallel(discriminator)
     if discriminator:
         discriminator.requires_grad_(False)                         # until its own turn in a step
     batches = load_batches(train_set, cfg, start)
@@ -280,7 +282,7 @@ def train_autoencoder(cfg):
     bar = steps_left(cfg, start)
     for step in bar:
         log.start_clock()
-        lr = set_learning_rate(cfg, step, parts)
+        lr = set_learning_rate(cfg, step, *optimizers)
         images, _ = next(batches)
         x = to_float(images)                                      # (b, 3, H, W), this process' rows
         rng = generator(cfg.seed, 1, step, device=device)
@@ -291,7 +293,7 @@ def train_autoencoder(cfg):
         for rows, sync in parts_of_batch(cfg, model):
             with sync:
                 with autocast(cfg):
-                    loss, terms, rec = autoencoder_loss(
+                    loss, terms, rec = reconstruct_and_align(
                         cfg, nets, model, x[rows], noise[rows], step)
                 (loss / cfg.accumulate).backward()
             reconstructions.append(rec)
@@ -322,7 +324,7 @@ def train_autoencoder(cfg):
             picture = folder / "samples" / f"step-{step + 1:07}.png"
             draw_reconstructions(net.vae, held_out, picture)
         if due(step, cfg.save_every, cfg) or stopping:
-            save_checkpoint(folder, step + 1, parts, log)
+            save_checkpoint(folder, step + 1, kept, log)
         if stopping:
             sys.exit(128 + stopping)
 
@@ -330,17 +332,14 @@ def train_autoencoder(cfg):
     if not cfg.freeze:
         keep_statistics(net.vae, train_set)
     if rank == 0:
-        if net.heads:
-            write_json(net.heads.config, folder / "heads.json")
-            save_safetensors(net.heads.state_dict(), folder / "heads.safetensors")
-        net.vae.save_pretrained(folder)                             # last: where it is, all is done
+        save_autoencoder(net, folder)
     finish(folder)
 
 
-def autoencoder_loss(cfg, nets, model, x, noise, step):
-    """Loss of images x (b, 3, H, W), its terms for the log, reconstructions. `model` is nets.net,
-    perhaps in DDP."""
-    rec, posterior, features = model(x, noise)                      # (b, 3, H, W), q(z | x), tokens
+def reconstruct_and_align(cfg, nets, model, x, noise, step):
+    """Loss of images x (n, 3, H, W), a part of the batch; its terms for the log; reconstructions.
+    `model` is nets.net, perhaps in DDP."""
+    rec, posterior, features = model(x, noise)                      # (n, 3, H, W), q(z | x), tokens
     loss, terms, net = 0.0, {}, nets.net
     if not cfg.freeze:
         loss, terms = vae.autoencoder_loss(
@@ -349,7 +348,7 @@ def autoencoder_loss(cfg, nets, model, x, noise, step):
             disc_weight=cfg.disc_weight, disc_start=cfg.disc_start,
             discriminator=nets.discriminator, last_layer=net.vae.decoder.conv_out.weight)
     if nets.teacher:
-        patch, cls = tokens_of(cfg, nets, x)                        # (b, T, D), (b, D)
+        patch, cls = tokens_of(cfg, nets, x)                        # (n, T, D), (n, D)
         patch, cls = net.heads.standardize(patch, cls)
         if cfg.shuffle_targets:
             patch, cls = patch.roll(1, dims=0), cls.roll(1, dims=0)
@@ -484,6 +483,14 @@ def draw_reconstructions(autoencoder, held_out, path):
         z = autoencoder.encode(to_float(images)).latent_dist.mode()
         pairs.append(torch.stack([images, to_uint8(autoencoder.decode(z).sample).cpu()], dim=1))
     save_picture(tile(torch.cat(pairs).flatten(0, 1), per_row=8), path)
+
+
+def save_autoencoder(net, folder):
+    """The MLPs, if there are any, then the autoencoder: where that is, all is done."""
+    if net.heads:
+        write_json(net.heads.config, folder / "heads.json")
+        save_safetensors(net.heads.state_dict(), folder / "heads.safetensors")
+    net.vae.save_pretrained(folder)
 
 
 def keep_statistics(autoencoder, data, count=16_384):
@@ -624,10 +631,11 @@ def train_diffusion(cfg):
     net.to(device).train()
     ema = copy.deepcopy(net).requires_grad_(False).eval()
     opt = torch.optim.AdamW(net.parameters(), cfg.lr, weight_decay=cfg.weight_decay, fused=True)
-    parts = dict(net=net, ema=ema, opt=opt)
+    kept = dict(net=net, ema=ema, opt=opt)                          # what a checkpoint holds
     log = Log(cfg, folder)
-    start = load_checkpoint(folder, parts, log)
-    model = compiled_and_parallel(cfg, net)
+    start = load_checkpoint(folder, kept, log)
+    compile_networks(cfg, net)
+    model = parallel(net)
     batches = load_batches(latents, cfg, start)
     dtype = torch.get_default_dtype()
     channel_mean = torch.tensor(latents.mean, dtype=dtype, device=device).view(1, -1, 1, 1)
@@ -637,7 +645,7 @@ def train_diffusion(cfg):
     bar = steps_left(cfg, start)
     for step in bar:
         log.start_clock()
-        lr = set_learning_rate(cfg, step, parts)
+        lr = set_learning_rate(cfg, step, opt)
         moments, y = next(batches)                                  # (b, 2C, h, w), (b,)
         moments, y = (part.to(device, non_blocking=True) for part in (moments, y))
         mean, std = moments.chunk(2, dim=1)                         # (b, C, h, w)
@@ -671,7 +679,7 @@ def train_diffusion(cfg):
             picture = folder / "samples" / f"step-{step + 1:07}.png"
             draw_samples(cfg, ema, autoencoder, latents, picture)
         if due(step, cfg.save_every, cfg) or stopping:
-            save_checkpoint(folder, step + 1, parts, log)
+            save_checkpoint(folder, step + 1, kept, log)
         if stopping:
             sys.exit(128 + stopping)
 
@@ -742,16 +750,14 @@ def draw_samples(cfg, ema, autoencoder, latents, path):
 # Pieces of a loop
 
 
-def set_learning_rate(cfg, step, parts):
-    """Linear warm-up, then a cosine from lr to lr * decay, for all optimisers among the parts;
-    returns it."""
+def set_learning_rate(cfg, step, *optimizers):
+    """Linear warm-up, then a cosine from lr to lr * decay, for all these optimisers; returns it."""
     share = max(0, step - cfg.warmup) / max(1, cfg.steps - cfg.warmup)
     cosine = cfg.decay + (1 - cfg.decay) * 0.5 * (1 + math.cos(math.pi * share))
     lr = cfg.lr * min(1.0, (step + 1) / (cfg.warmup + 1)) * cosine
-    for part in parts.values():
-        if isinstance(part, torch.optim.Optimizer):
-            for group in part.param_groups:
-                group["lr"] = lr
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = lr
     return lr
 
 
@@ -774,12 +780,13 @@ def autocast(cfg):
 
 
 def parts_of_batch(cfg, model):
-    """--accumulate: rows of this process' batch, part by part, each with a context: DDP averages
-    with the last."""
+    """Rows of each of the --accumulate parts of this process' batch, and a context: only with the
+    last part DDP averages the gradients over the processes."""
     size = cfg.batch_size // world_size // cfg.accumulate
     for i in range(cfg.accumulate):
-        wait = isinstance(model, DDP) and i < cfg.accumulate - 1
-        yield slice(i * size, (i + 1) * size), model.no_sync() if wait else contextlib.nullcontext()
+        alone = isinstance(model, DDP) and i < cfg.accumulate - 1
+        context = model.no_sync() if alone else contextlib.nullcontext()
+        yield slice(i * size, (i + 1) * size), context
 
 
 def clip_gradient(parameters, limit):
@@ -792,13 +799,10 @@ def parallel(net):
     return DDP(net) if net is not None and world_size > 1 else net
 
 
-def compiled_and_parallel(cfg, net):
-    """The same, compiled with --compile: of the autoencoder the two halves, which have no loss in
-    them."""
-    if cfg.compile:
-        for part in (net.vae.encoder, net.vae.decoder) if isinstance(net, Autoencoder) else (net,):
-            part.compile()
-    return parallel(net)
+def compile_networks(cfg, *networks):
+    """With --compile, these networks in place."""
+    for network in networks if cfg.compile else ():
+        network.compile()
 
 
 def due(step, every, cfg):
@@ -885,15 +889,15 @@ class Log:
             file.write("".join(line for line in lines if json.loads(line)["step"] <= step).encode())
 
 
-def save_checkpoint(folder, step, parts, log):
+def save_checkpoint(folder, step, kept, log):
     """checkpoint.pt, whole or not at all; the one before becomes previous.pt."""
     totals = log.totals()
     if rank == 0:
         path = folder / "checkpoint.pt"
-        state = {name: part.state_dict() for name, part in parts.items()}
+        states = {name: part.state_dict() for name, part in kept.items()}
         try:
             with atomic_file(path) as file:
-                torch.save({"step": step, "log": totals, **state}, file)
+                torch.save({"step": step, "log": totals, **states}, file)
                 file.flush()
                 os.fsync(file.fileno())                             # before the last one goes
                 if path.is_file():
@@ -905,8 +909,8 @@ def save_checkpoint(folder, step, parts, log):
     barrier()
 
 
-def load_checkpoint(folder, parts, log):
-    """Fill the parts from checkpoint.pt, or from the one before where that is damaged; returns the
+def load_checkpoint(folder, kept, log):
+    """Fill `kept` from checkpoint.pt, or from the one before where that is damaged; returns the
     steps done."""
     paths = [path for path in (folder / "checkpoint.pt", folder / "previous.pt") if path.is_file()]
     for path in paths:
@@ -924,7 +928,7 @@ def load_checkpoint(folder, parts, log):
             stop(f"{folder} has no checkpoint that can be read: move {folder} away to begin anew")
         log.go_on(0, {})                                            # killed before it saved
         return 0
-    for name, part in parts.items():
+    for name, part in kept.items():
         part.load_state_dict(state[name])
     log.go_on(state["step"], state["log"])
     if rank == 0:

@@ -188,7 +188,7 @@ def train_teacher(cfg):
     bar = steps_left(cfg, 0)
     for step in bar:
         log.start_clock()
-        lr = set_learning_rate(cfg, step, dict(opt=opt))
+        lr = set_learning_rate(cfg, step, opt)
         images, y, *truth = next(batches)                            # (B, 3, H, W), (B,), (B, H, W)
         x, y = to_float(images), y.to(device)
         class_logits, mask_logits, depth = net(x)
@@ -226,7 +226,7 @@ def train_judge(cfg):
     bar = steps_left(cfg, 0)
     for step in bar:
         log.start_clock()
-        lr = set_learning_rate(cfg, step, dict(opt=opt))
+        lr = set_learning_rate(cfg, step, opt)
         images, y = next(batches)                                    # (B, 3, H, W), (B,)
         x, y = to_float(images), y.to(device)
         _, logits, _ = net(degrade(x, generator(cfg.seed, 1, step, device=device)))
@@ -263,7 +263,7 @@ def train_heads(cfg):
     bar = steps_left(cfg, 0)
     for step in bar:
         log.start_clock()
-        lr = set_learning_rate(cfg, step, dict(opt=opt))
+        lr = set_learning_rate(cfg, step, opt)
         images, *truth = next(batches)                               # (B, 3, H, W), (B, H, W) twice
         patch, cls = align.teacher_tokens(teacher, to_float(images), cfg.teacher_size)
         loss, terms = dense_loss(*net(patch, cls, cfg.image_size), *truth)

@@ -36,84 +36,6 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)      
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Published weights
-
-# === shared by vae.py, align.py and fid.py: begin ===
-def fetch(address, sha256=None):
-    """Path of a published file in ~/.cache/reals (or $REALS_CACHE), downloaded if it is not there yet.
-
-    A download that broke off goes on where it stopped. The file gets its name when its size, and its sha256 where that
-    is known, are right. Raises OSError of one line that says what to do where it cannot be had.
-    """
-    folder = Path(os.environ.get("REALS_CACHE", "~/.cache/reals")).expanduser()
-    path = folder / address.split("/")[-1]
-    part = path.with_name(path.name + ".part")
-    if path.is_file():
-        return path
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        have = part.stat().st_size if part.is_file() else 0
-        request = urllib.request.Request(address, headers={"Range": f"bytes={have}-"} if have else {})
-        with urllib.request.urlopen(request, timeout=60) as answer:
-            have = have if answer.status == 206 else 0                           # 200: the server sends all of it
-            length = int(answer.headers.get("Content-Length", 0))                # 0: the server does not say
-            total = have + length if length else 0
-            bar = tqdm(total=total or None, initial=have, desc=path.name, unit="B", unit_scale=True)
-            with open(part, "ab" if have else "wb") as file, bar:
-                while chunk := answer.read(1 << 20):
-                    file.write(chunk)
-                    bar.update(len(chunk))
-    except (OSError, http.client.HTTPException) as error:
-        if getattr(error, "code", 0) == 416:                                     # nothing is left behind what is there
-            part.unlink()
-            return fetch(address, sha256)
-        raise OSError(f"{path.name} is not in {folder} and cannot be fetched ({error}): "
-                      f"download {address} and put it there") from None
-    if total and part.stat().st_size != total:
-        raise OSError(f"{address} broke off after {part.stat().st_size} of {total} bytes: try again, it goes on there")
-    with open(part, "rb") as file:
-        if sha256 and hashlib.file_digest(file, "sha256").hexdigest() != sha256:
-            part.unlink()
-            raise OSError(f"{address} did not send the bytes that were published (sha256 differs): removed, try again")
-    os.replace(part, path)
-    return path
-
-
-def load_torch(path):
-    """Dict of tensors from a file of torch's own format, or from the "state_dict" in it; weights_only=True unpickles
-    nothing else. Raises FileNotFoundError, or ValueError for a file that is damaged or holds more than tensors."""
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"{path} not found: want a file of weights")
-    try:
-        weights = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
-        raise ValueError(f"{path} is damaged, or holds more than tensors, which is not read here: "
-                         "fetch it anew, or save its state dict alone") from None
-    except Exception as error:                                                   # damaged bytes raise almost anything
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{path} cannot be read ({reason}): fetch the file anew") from None
-    weights = weights.get("state_dict", weights) if isinstance(weights, dict) else {"": weights}
-    for name, value in weights.items():
-        if not torch.is_tensor(value):
-            raise ValueError(f"{path} is no state dict: {name!r} is no tensor")
-    return weights
-
-
-def load_strict(module, weights, path):
-    """module.load_state_dict(weights) with a ValueError of one line: the first names that are missing, not expected or
-    of another shape. `path` is where the weights are from."""
-    own = module.state_dict()
-    wrong = {"missing": [k for k in own if k not in weights], "unexpected": [k for k in weights if k not in own],
-             "of another shape": [k for k in own if k in weights and weights[k].shape != own[k].shape]}
-    said = [f"{len(names)} {kind} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
-            for kind, names in wrong.items() if names]
-    if said:
-        raise ValueError(f"{path} does not fit the network: {'; '.join(said)}")
-    module.load_state_dict(weights)
-# === shared by vae.py, align.py and fid.py: end ===
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # DINOv2
 
 class PatchEmbed(nn.Module):
@@ -129,15 +51,18 @@ class PatchEmbed(nn.Module):
 
 # === shared by align.py, sit.py and dit.py: begin ===
 def attention(q, k, v):
-    """softmax(q k^T / sqrt(d)) v of q, k, v (N, heads, T, d): F.scaled_dot_product_attention in readable lines."""
-    weights = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])                   # (N, heads, T, T)
-    weights = weights.softmax(dim=-1)                                            # a token's shares sum to 1
-    return weights @ v                                                           # (N, heads, T, d)
+    """softmax(q k^T / sqrt(d)) v of q, k, v (N, heads, T, d): what torch's kernel computes."""
+    weights = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])      # (N, heads, T, T)
+    weights = weights.softmax(dim=-1)                               # a token's shares sum to 1
+    return weights @ v                                              # (N, heads, T, d)
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention over T tokens. `fused` = False takes the lines above instead of torch's kernel, which
-    gives the same without holding the T x T weights in memory."""
+    """Multi-head self-attention over T tokens, (N, T, D) -> (N, T, D).
+
+    `fused` takes torch's kernel, which never holds the T x T weights in memory; False takes the
+    lines above.
+    """
 
     fused = True
 
@@ -151,9 +76,12 @@ class Attention(nn.Module):
 
     def forward(self, x):
         N, T, D = x.shape
-        q, k, v = self.qkv(x).view(N, T, 3, self.num_heads, D // self.num_heads).permute(2, 0, 3, 1, 4)
-        x = F.scaled_dot_product_attention(q, k, v) if self.fused else attention(q, k, v)    # (N, heads, T, D / heads)
-        return self.proj(x.transpose(1, 2).reshape(N, T, D))
+        qkv = self.qkv(x).view(N, T, 3, self.num_heads, D // self.num_heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)                        # (N, heads, T, D / heads) each
+        attend = F.scaled_dot_product_attention if self.fused else attention
+        x = attend(q, k, v)                                         # (N, heads, T, D / heads)
+        x = x.transpose(1, 2).reshape(N, T, D)                      # heads side by side
+        return self.proj(x)                                         # (N, T, D)
 # === shared by align.py, sit.py and dit.py: end ===
 
 
@@ -657,3 +585,94 @@ def colorize(x, low, high):
 def colorize_depth(depth, near=None, far=None):
     """Depth (N, H, W) -> (N, 3, H, W) in [0, 1]: near is yellow, far is violet; the range is the data's by default."""
     return colorize(-depth, -(depth.max() if far is None else far), -(depth.min() if near is None else near))
+
+
+# --------------------------------------------------------------------------------------------------
+# Published files
+
+# === shared by vae.py, align.py and fid.py: begin ===
+def fetch(address, sha256=None):
+    """Path of a published file in ~/.cache/reals (or $REALS_CACHE), downloaded if it is not there.
+
+    A download that broke off goes on where it stopped. The file gets its name when its size, and
+    its sha256 where that is known, are right. Raises OSError of one line that says what to do.
+    """
+    folder = Path(os.environ.get("REALS_CACHE", "~/.cache/reals")).expanduser()
+    path = folder / address.split("/")[-1]
+    part = path.with_name(path.name + ".part")
+    if path.is_file():
+        return path
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        have = part.stat().st_size if part.is_file() else 0
+        headers = {"Range": f"bytes={have}-"} if have else {}
+        request = urllib.request.Request(address, headers=headers)
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            if answer.status != 206:                                # the server sends all of it
+                have = 0
+            length = int(answer.headers.get("Content-Length", 0))   # 0: the server does not say
+            total = have + length if length else None
+            bar = tqdm(total=total, initial=have, desc=path.name, unit="B", unit_scale=True)
+            with open(part, "ab" if have else "wb") as file, bar:
+                while chunk := answer.read(1 << 20):
+                    file.write(chunk)
+                    bar.update(len(chunk))
+    except (OSError, http.client.HTTPException) as error:
+        if getattr(error, "code", 0) == 416:                        # nothing is left to send
+            part.unlink()
+            return fetch(address, sha256)
+        raise OSError(f"{path.name} is not in {folder} and cannot be fetched ({error}): "
+                      f"download {address} and put it there") from None
+    if total and part.stat().st_size != total:
+        raise OSError(f"{address} broke off after {part.stat().st_size} of {total} bytes: "
+                      "try again, it goes on there")
+    with open(part, "rb") as file:
+        if sha256 and hashlib.file_digest(file, "sha256").hexdigest() != sha256:
+            part.unlink()
+            raise OSError(f"{address} did not send the bytes that were published "
+                          "(sha256 differs): removed, try again")
+    os.replace(part, path)
+    return path
+
+
+def load_torch(path):
+    """Dict of tensors from a file of torch's own format, or from the "state_dict" in it.
+
+    weights_only=True unpickles nothing else. Raises FileNotFoundError, or ValueError for a file
+    that is damaged or holds more than tensors.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path} not found: want a file of weights")
+    try:
+        weights = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise ValueError(f"{path} is damaged, or holds more than tensors, which is not read here: "
+                         "fetch it anew, or save its state dict alone") from None
+    except Exception as error:                                      # damage raises almost anything
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{path} cannot be read ({reason}): fetch the file anew") from None
+    weights = weights.get("state_dict", weights) if isinstance(weights, dict) else {"": weights}
+    for name, value in weights.items():
+        if not torch.is_tensor(value):
+            raise ValueError(f"{path} is no state dict: {name!r} is no tensor")
+    return weights
+
+
+def load_strict(module, weights, path):
+    """module.load_state_dict(weights); `path` is where the weights are from.
+
+    Raises ValueError of one line: the first names that are missing, not expected or of another
+    shape.
+    """
+    own = module.state_dict()
+    wrong = {
+        "missing": [k for k in own if k not in weights],
+        "unexpected": [k for k in weights if k not in own],
+        "of another shape": [k for k in own if k in weights and weights[k].shape != own[k].shape],
+    }
+    said = [f"{len(names)} {kind} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+            for kind, names in wrong.items() if names]
+    if said:
+        raise ValueError(f"{path} does not fit the network: {'; '.join(said)}")
+    module.load_state_dict(weights)
+# === shared by vae.py, align.py and fid.py: end ===

@@ -99,15 +99,18 @@ def modulate(x, shift, scale):
 
 # === shared by align.py, sit.py and dit.py: begin ===
 def attention(q, k, v):
-    """softmax(q k^T / sqrt(d)) v of q, k, v (N, heads, T, d): F.scaled_dot_product_attention in readable lines."""
-    weights = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])                   # (N, heads, T, T)
-    weights = weights.softmax(dim=-1)                                            # a token's shares sum to 1
-    return weights @ v                                                           # (N, heads, T, d)
+    """softmax(q k^T / sqrt(d)) v of q, k, v (N, heads, T, d): what torch's kernel computes."""
+    weights = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])      # (N, heads, T, T)
+    weights = weights.softmax(dim=-1)                               # a token's shares sum to 1
+    return weights @ v                                              # (N, heads, T, d)
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention over T tokens. `fused` = False takes the lines above instead of torch's kernel, which
-    gives the same without holding the T x T weights in memory."""
+    """Multi-head self-attention over T tokens, (N, T, D) -> (N, T, D).
+
+    `fused` takes torch's kernel, which never holds the T x T weights in memory; False takes the
+    lines above.
+    """
 
     fused = True
 
@@ -121,9 +124,12 @@ class Attention(nn.Module):
 
     def forward(self, x):
         N, T, D = x.shape
-        q, k, v = self.qkv(x).view(N, T, 3, self.num_heads, D // self.num_heads).permute(2, 0, 3, 1, 4)
-        x = F.scaled_dot_product_attention(q, k, v) if self.fused else attention(q, k, v)    # (N, heads, T, D / heads)
-        return self.proj(x.transpose(1, 2).reshape(N, T, D))
+        qkv = self.qkv(x).view(N, T, 3, self.num_heads, D // self.num_heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)                        # (N, heads, T, D / heads) each
+        attend = F.scaled_dot_product_attention if self.fused else attention
+        x = attend(q, k, v)                                         # (N, heads, T, D / heads)
+        x = x.transpose(1, 2).reshape(N, T, D)                      # heads side by side
+        return self.proj(x)                                         # (N, T, D)
 # === shared by align.py, sit.py and dit.py: end ===
 
 

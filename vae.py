@@ -556,10 +556,10 @@ SAFETENSORS_TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.fl
 
 # === shared by vae.py, align.py and fid.py: begin ===
 def fetch(address, sha256=None):
-    """Path of a published file in ~/.cache/reals (or $REALS_CACHE), downloaded if it is not there yet.
+    """Path of a published file in ~/.cache/reals (or $REALS_CACHE), downloaded if it is not there.
 
-    A download that broke off goes on where it stopped. The file gets its name when its size, and its sha256 where that
-    is known, are right. Raises OSError of one line that says what to do where it cannot be had.
+    A download that broke off goes on where it stopped. The file gets its name when its size, and
+    its sha256 where that is known, are right. Raises OSError of one line that says what to do.
     """
     folder = Path(os.environ.get("REALS_CACHE", "~/.cache/reals")).expanduser()
     path = folder / address.split("/")[-1]
@@ -569,35 +569,42 @@ def fetch(address, sha256=None):
     try:
         folder.mkdir(parents=True, exist_ok=True)
         have = part.stat().st_size if part.is_file() else 0
-        request = urllib.request.Request(address, headers={"Range": f"bytes={have}-"} if have else {})
+        headers = {"Range": f"bytes={have}-"} if have else {}
+        request = urllib.request.Request(address, headers=headers)
         with urllib.request.urlopen(request, timeout=60) as answer:
-            have = have if answer.status == 206 else 0                           # 200: the server sends all of it
-            length = int(answer.headers.get("Content-Length", 0))                # 0: the server does not say
-            total = have + length if length else 0
-            bar = tqdm(total=total or None, initial=have, desc=path.name, unit="B", unit_scale=True)
+            if answer.status != 206:                                # the server sends all of it
+                have = 0
+            length = int(answer.headers.get("Content-Length", 0))   # 0: the server does not say
+            total = have + length if length else None
+            bar = tqdm(total=total, initial=have, desc=path.name, unit="B", unit_scale=True)
             with open(part, "ab" if have else "wb") as file, bar:
                 while chunk := answer.read(1 << 20):
                     file.write(chunk)
                     bar.update(len(chunk))
     except (OSError, http.client.HTTPException) as error:
-        if getattr(error, "code", 0) == 416:                                     # nothing is left behind what is there
+        if getattr(error, "code", 0) == 416:                        # nothing is left to send
             part.unlink()
             return fetch(address, sha256)
         raise OSError(f"{path.name} is not in {folder} and cannot be fetched ({error}): "
                       f"download {address} and put it there") from None
     if total and part.stat().st_size != total:
-        raise OSError(f"{address} broke off after {part.stat().st_size} of {total} bytes: try again, it goes on there")
+        raise OSError(f"{address} broke off after {part.stat().st_size} of {total} bytes: "
+                      "try again, it goes on there")
     with open(part, "rb") as file:
         if sha256 and hashlib.file_digest(file, "sha256").hexdigest() != sha256:
             part.unlink()
-            raise OSError(f"{address} did not send the bytes that were published (sha256 differs): removed, try again")
+            raise OSError(f"{address} did not send the bytes that were published "
+                          "(sha256 differs): removed, try again")
     os.replace(part, path)
     return path
 
 
 def load_torch(path):
-    """Dict of tensors from a file of torch's own format, or from the "state_dict" in it; weights_only=True unpickles
-    nothing else. Raises FileNotFoundError, or ValueError for a file that is damaged or holds more than tensors."""
+    """Dict of tensors from a file of torch's own format, or from the "state_dict" in it.
+
+    weights_only=True unpickles nothing else. Raises FileNotFoundError, or ValueError for a file
+    that is damaged or holds more than tensors.
+    """
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path} not found: want a file of weights")
     try:
@@ -605,7 +612,7 @@ def load_torch(path):
     except pickle.UnpicklingError:
         raise ValueError(f"{path} is damaged, or holds more than tensors, which is not read here: "
                          "fetch it anew, or save its state dict alone") from None
-    except Exception as error:                                                   # damaged bytes raise almost anything
+    except Exception as error:                                      # damage raises almost anything
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(f"{path} cannot be read ({reason}): fetch the file anew") from None
     weights = weights.get("state_dict", weights) if isinstance(weights, dict) else {"": weights}
@@ -616,11 +623,17 @@ def load_torch(path):
 
 
 def load_strict(module, weights, path):
-    """module.load_state_dict(weights) with a ValueError of one line: the first names that are missing, not expected or
-    of another shape. `path` is where the weights are from."""
+    """module.load_state_dict(weights); `path` is where the weights are from.
+
+    Raises ValueError of one line: the first names that are missing, not expected or of another
+    shape.
+    """
     own = module.state_dict()
-    wrong = {"missing": [k for k in own if k not in weights], "unexpected": [k for k in weights if k not in own],
-             "of another shape": [k for k in own if k in weights and weights[k].shape != own[k].shape]}
+    wrong = {
+        "missing": [k for k in own if k not in weights],
+        "unexpected": [k for k in weights if k not in own],
+        "of another shape": [k for k in own if k in weights and weights[k].shape != own[k].shape],
+    }
     said = [f"{len(names)} {kind} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
             for kind, names in wrong.items() if names]
     if said:

@@ -1630,7 +1630,7 @@ def test_the_outputs_of_a_bf16_model_are_guided_in_float32():
 def test_guided_rows_are_computed_only_in_the_interval(module, sampler):
     """A step is guided if it begins in the interval, which dopri5's steps do not leave."""
     eps, y = torch.randn(5, 4, 2, 2), torch.zeros(5, dtype=torch.long)
-    stages = len(module.RUNGE_KUTTA[{"heun": "heun2"}.get(sampler, sampler)][0]) if sampler in sit.ODE_SAMPLERS else 1
+    stages = {"heun": 2}.get(sampler) or len(sit.RUNGE_KUTTA.get(sampler, ((0,),))[0])
     for scale, (low, high) in ((1.0, (0.0, 1.0)), (3.0, (0.0, 0.75)), (3.0, (0.25, 0.75)), (3.0, (0.0, 1.0))):
         model = Counting()
         module.sample(model, eps, y, sampler, num_steps=8, cfg_scale=scale, cfg_interval=(low, high))

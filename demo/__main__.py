@@ -160,7 +160,8 @@ def main():
     if world_size > 1:
         stop("the demo starts its own processes: run it without torchrun")
     lanes = [lane(cfg, "plain"), lane(cfg, "aligned")]
-    logs = [cfg.out / name for name in ("plain/vae", "aligned/align", "plain/sit", "aligned/sit")]
+    logs = [cfg.out / name for name in ("teacher", "judge", "plain/vae", "plain/align",
+                                        "aligned/align", "plain/sit", "aligned/sit")]
     curves = command("demo.pictures", "curves", *logs, "--out", cfg.out / "curves.png")
     report = command("demo.report", "--out", cfg.out)
     for group in (*shared_commands(cfg), lanes, [[("curves", curves), ("report", report)]]):

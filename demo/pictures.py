@@ -270,11 +270,11 @@ def draw_features(args):
 # --------------------------------------------------------------------------------------------------
 # Curves
 
-SPEED = ("images_per_second", "data_wait", "peak_memory_gib")        # of the machine alone
+SPEED = ("images_per_second", "peak_memory_gib")                     # of the machine alone
 LOGARITHMIC = ("mse", "kl", "lpips", "loss", "class_loss", "segment_loss", "depth_loss", "align",
                "gradient", "discriminator_gradient", "FD")
 COLORS = ((31, 119, 180), (214, 39, 40), (44, 160, 44), (148, 103, 189), (255, 127, 14),
-          (23, 190, 207))
+          (23, 190, 207), (140, 86, 75))
 
 
 def draw_panel(draw, box, title, curves, colors):
@@ -339,7 +339,7 @@ def short_names(paths):
 
 
 def draw_curves(args):
-    """All figures of log.jsonl over the steps, a panel each."""
+    """All figures of log.jsonl that change over the steps, a panel each."""
     panels = {}
     folders = [path.parent if path.name == "log.jsonl" else path for path in args.logs]
     for folder, name in zip(folders, short_names(folders)):
@@ -352,7 +352,9 @@ def draw_curves(args):
                     panels.setdefault(key, {}).setdefault(name, []).append((line["step"], value))
     if not panels:
         stop(f"{', '.join(map(str, args.logs))}: no line there yet")
-    save_picture(plot(panels), args.out)
+    changing = {title: curves for title, curves in panels.items()
+                if any(len({value for _, value in curve}) > 1 for curve in curves.values())}
+    save_picture(plot(changing or panels), args.out)
 
 
 # --------------------------------------------------------------------------------------------------

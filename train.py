@@ -256,12 +256,13 @@ def train_autoencoder(cfg):
     train_set, held_out = open_data(cfg)
     cfg, nets = new_autoencoder(cfg)
     weights = digests(init=cfg.init, teacher=nets.teacher and cfg.teacher)
-    folder = begin(cfg, train_set.facts(), nets.net, **weights)
+    folder = begin(cfg, train_set.facts(), nets.autoencoder, **weights)
     if folder is None:
         return
     move_networks(cfg, nets, train_set)
-    net, discriminator = nets.net, nets.discriminator
+    net, discriminator = nets.autoencoder, nets.discriminator
     learned = [p for p in net.parameters() if p.requires_grad]
+    # beta_2 is a choice of this project; the discriminator's pair is that of VQGAN's training
     opt = torch.optim.AdamW(learned, cfg.lr, (0.9, 0.99), weight_decay=cfg.weight_decay, fused=True)
     kept, optimizers = dict(net=net, opt=opt), [opt]                # what a checkpoint holds
     if discriminator:
@@ -285,7 +286,7 @@ def train_autoencoder(cfg):
         lr = set_learning_rate(cfg, step, *optimizers)
         images, _ = next(batches)
         x = to_float(images)                                      # (b, 3, H, W), this process' rows
-        rng = generator(cfg.seed, 1, step, device=device)
+        rng = generator(cfg.seed, TRAINING, step, device=device)
         noise = own_rows(torch.randn(shape, generator=rng, device=device))  # (b, C, h, w)
 
         opt.zero_grad()
@@ -338,9 +339,9 @@ def train_autoencoder(cfg):
 
 def reconstruct_and_align(cfg, nets, model, x, noise, step):
     """Loss of images x (n, 3, H, W), a part of the batch; its terms for the log; reconstructions.
-    `model` is nets.net, perhaps in DDP."""
+    `model` is nets.autoencoder, perhaps in DDP."""
     rec, posterior, features = model(x, noise)                      # (n, 3, H, W), q(z | x), tokens
-    loss, terms, net = 0.0, {}, nets.net
+    loss, terms, net = 0.0, {}, nets.autoencoder
     if not cfg.freeze:
         loss, terms = vae.autoencoder_loss(
             x, rec, posterior, step=step, kl_weight=cfg.kl_weight,
@@ -383,7 +384,7 @@ class Autoencoder(nn.Module):
 
 def new_autoencoder(cfg):
     """cfg with the sizes of the autoencoder and of the teacher's grid, and the networks of stages
-    vae and align: an object with net (an Autoencoder), teacher, lpips and discriminator, or None
+    vae and align: an object with autoencoder, teacher, lpips and discriminator, or None
     for what the stage does without."""
     torch.manual_seed(cfg.seed)
     try:
@@ -410,7 +411,7 @@ def new_autoencoder(cfg):
     if cfg.gradient_checkpointing:
         autoencoder.enable_gradient_checkpointing()
     net = Autoencoder(autoencoder, frozen=cfg.freeze)
-    nets = SimpleNamespace(net=net, teacher=None, lpips=None, discriminator=None)
+    nets = SimpleNamespace(autoencoder=net, teacher=None, lpips=None, discriminator=None)
     if cfg.stage == "align":
         nets.teacher = load_teacher(cfg.teacher)
         patch_size, grid = nets.teacher.patch_size, cfg.image_size // autoencoder.factor
@@ -420,10 +421,10 @@ def new_autoencoder(cfg):
                  f"{patch_size}")
         side = cfg.teacher_size // patch_size                       # tokens, a side
         cfg.fold = cfg.fold or max(1, grid // side)
-        nets.net.heads = align.AlignmentHeads(
+        nets.autoencoder.heads = align.AlignmentHeads(
             cfg.latent_channels, nets.teacher.embed_dim, cfg.align_hidden, cfg.fold, cfg.pool,
             cfg.target, None if side * cfg.fold == grid else (side, side))
-        nets.net.heads.fit_norm(nets.teacher.norm)
+        nets.autoencoder.heads.fit_norm(nets.teacher.norm)
     if cfg.disc_weight and not cfg.freeze:
         nets.discriminator = vae.PatchDiscriminator()
     return cfg, nets
@@ -438,8 +439,8 @@ def move_networks(cfg, nets, train_set):
     """The networks of stages vae and align on the device, ready to train, with LPIPS; the MLPs'
     targets measured on 2,048 images: every channel of the teacher's tokens is brought to mean 0 and
     deviation 1."""
-    nets.net.to(device).train()
-    nets.net.vae.train(not cfg.freeze)
+    nets.autoencoder.to(device).train()
+    nets.autoencoder.vae.train(not cfg.freeze)
     if cfg.perceptual_weight and not cfg.freeze:
         try:
             nets.lpips = first_on_node(vae.LPIPS.from_published).to(device)
@@ -453,13 +454,13 @@ def move_networks(cfg, nets, train_set):
             batches = in_order(train_set, 64, spread(len(train_set), 2048))
             tokens = [tokens_of(cfg, nets, to_float(images)) for images, _ in batches]
             patch, cls = (torch.cat(part) for part in zip(*tokens))
-            nets.net.heads.fit_statistics(patch, cls)
+            nets.autoencoder.heads.fit_statistics(patch, cls)
 
 
 @torch.no_grad()
 def held_out_figures(cfg, nets, held_out, count=256):
     """PSNR on held-out images, and cosines to the teacher where there is one."""
-    sums, rows, net = {}, spread(len(held_out), count), nets.net
+    sums, rows, net = {}, spread(len(held_out), count), nets.autoencoder
     for images, _ in in_order(held_out, 4, rows):
         x = to_float(images)
         z = net.vae.encode(x).latent_dist.mode()
@@ -649,7 +650,7 @@ def train_diffusion(cfg):
         moments, y = next(batches)                                  # (b, 2C, h, w), (b,)
         moments, y = (part.to(device, non_blocking=True) for part in (moments, y))
         mean, std = moments.chunk(2, dim=1)                         # (b, C, h, w)
-        rng = generator(cfg.seed, 1, step, device=device)
+        rng = generator(cfg.seed, TRAINING, step, device=device)
         noise = own_rows(torch.randn(shape, generator=rng, device=device))
         eps = own_rows(torch.randn(shape, generator=rng, device=device))
         drop = own_rows(torch.rand(cfg.batch_size, generator=rng, device=device))
@@ -737,7 +738,7 @@ def draw_samples(cfg, ema, autoencoder, latents, path):
         return
     y = torch.arange(min(len(latents.classes), 10), device=device).repeat_interleave(8)
     shape = (len(y), ema.in_channels, ema.input_size, ema.input_size)
-    eps = torch.randn(shape, generator=generator(cfg.seed, 2)).to(device)
+    eps = torch.randn(shape, generator=generator(cfg.seed, PREVIEW)).to(device)
     if cfg.stage == "sit":
         x = sit.sample(ema, eps, y, "heun", 10, path=cfg.path, prediction=cfg.prediction)
     else:
@@ -759,6 +760,9 @@ def set_learning_rate(cfg, step, *optimizers):
         for group in optimizer.param_groups:
             group["lr"] = lr
     return lr
+
+
+TRAINING, PREVIEW = 1, 2                                            # what is drawn, in a key
 
 
 def generator(*key, device="cpu"):

@@ -28,9 +28,9 @@ from PIL import ExifTags, Image
 
 import align
 from demo.scenes import FAR, NEAR, SEGMENTS, truth_path
-from train import (DataError, ImageFolder, Log, device, differ, digests, due, finish, generator,
-                   load_batches, lock, read_json, set_learning_rate, spread, steps_left, stop,
-                   to_float, world_size, write_json)
+from train import (TRAINING, DataError, ImageFolder, Log, device, differ, digests, due, finish,
+                   generator, load_batches, lock, read_json, set_learning_rate, spread, steps_left,
+                   stop, to_float, world_size, write_json)
 from vae import atomic_file, load_strict, load_weights, save_safetensors
 
 
@@ -229,7 +229,7 @@ def train_judge(cfg):
         lr = set_learning_rate(cfg, step, opt)
         images, y = next(batches)                                    # (B, 3, H, W), (B,)
         x, y = to_float(images), y.to(device)
-        _, logits, _ = net(degrade(x, generator(cfg.seed, 1, step, device=device)))
+        _, logits, _ = net(degrade(x, generator(cfg.seed, TRAINING, step, device=device)))
         loss = F.cross_entropy(logits, y)
         opt.zero_grad()
         loss.backward()

@@ -2,23 +2,25 @@
 
     q(x_t | x_start)   x_t = sqrt(alphas_cumprod_t) x_start + sqrt(1 - alphas_cumprod_t) eps
     t = 0 .. 999       t = 0 is (almost) data, t = 999 is noise: the reverse of sit.py
-    loss               mean (eps_hat - eps)^2 + KL(q(x_{t-1} | x_t, x_start) || p(x_{t-1} | x_t))
+    loss               mean (eps_hat - eps)^2 + KL(q(x_{t-1} | x_t, x_start) || p(x_{t-1} | x_t)),
+                       the KL in bits; it teaches the variance alone, and is an NLL at t = 0
     sampling           x_{t-1} ~ p(x_{t-1} | x_t) for t = 999 .. 0, on all steps or on a few of them
 
 Peebles and Xie, "Scalable Diffusion Models with Transformers", arXiv 2212.09748; the diffusion is
 that of Nichol and Dhariwal, arXiv 2102.09672. Parameter names are the official ones. `diff sit.py
-dit.py` shows what separates diffusion from flow matching: the part between the markers is the same
+dit.py` shows what separates diffusion from flow matching: the parts between markers are the same
 text.
 
-    N latents of C channels, x (N, C, H, W) normalised     t (N,) integer steps
-    T = (H / p)(W / p) tokens of width D, p the patch size     y (N,) labels, num_classes: no label
+    N latents of C channels, x (N, C, H, W), of deviation 1 (Stable Diffusion's times 0.18215)
+    T = (H / p)(W / p) tokens of width D, p the patch size
+    t (N,) steps of S, y (N,) labels, of which num_classes stands for "no label"
 
     model = create("DiT-B/2", input_size=32, num_classes=1000)
     training_loss(model, x, y).mean().backward()
-    z = sample(model, torch.randn(8, 4, 32, 32), y, num_steps=250, cfg_scale=1.5)
+    z = sample(model.eval(), torch.randn(8, 4, 32, 32), y, num_steps=250, cfg_scale=1.5)
 
-In reading order: the transformer; the diffusion, its loss, DDPM and DDIM, all that the paper's
-setting needs; then other schedules, shorter chains, other losses and the variational bound.
+In reading order: the transformer; the diffusion, its loss, DDPM and DDIM; then sampling with
+guidance, noise schedules, shorter chains and the variational bound.
 """
 import math
 
@@ -203,19 +205,6 @@ class FinalLayer(nn.Module):
 # --------------------------------------------------------------------------------------------------
 # What the two model classes have in common
 
-def run_blocks(blocks, x, c, checkpointed):
-    """Tokens x (N, T, D) through all blocks.
-
-    Where checkpointed, the inside of a block is computed again for its gradient.
-    """
-    for block in blocks:
-        if checkpointed and torch.is_grad_enabled():
-            x = checkpoint(block, x, c, use_reentrant=False, preserve_rng_state=False)
-        else:
-            x = block(x, c)                                         # (N, T, D)
-    return x
-
-
 def unpatchify(x, patch_size, out_channels):
     """(N, T, p * p * C) -> (N, C, H, W); the channel is the fastest index of a token."""
     N, T, _ = x.shape
@@ -244,7 +233,7 @@ def initialize_weights(model):
     nn.init.zeros_(model.final_layer.linear.weight)
 
 
-def known(what, value, choices):
+def check_choice(what, value, choices):
     """Raises ValueError where value is none of the choices."""
     if value not in choices:
         raise ValueError(f"{what} {value!r} is not known: choose {', '.join(map(str, choices))}")
@@ -261,7 +250,7 @@ SIZES = {
 
 
 def size_arguments(name, family):
-    """"SiT-B/2" -> dict(depth=12, hidden_size=768, num_heads=12, patch_size=2).
+    """Of SiT-B/2: dict(depth=12, hidden_size=768, num_heads=12, patch_size=2).
 
     Raises ValueError for another name.
     """
@@ -274,7 +263,7 @@ def size_arguments(name, family):
 
 
 def guided(model, x, t, y, noise_level, cfg_scale, cfg_interval, cfg_channels):
-    """Classifier-free guidance: uncond + cfg_scale (cond - uncond), (N, C, H, W).
+    """Classifier-free guidance: uncond + cfg_scale (cond - uncond), (N, C or 2C, H, W).
 
     cfg_interval: (low, high) of the noise level, 1 is noise and 0 is data; outside of it, and at
         scale 1, the output is the conditional one and only that is computed (arXiv 2404.07724).
@@ -286,7 +275,7 @@ def guided(model, x, t, y, noise_level, cfg_scale, cfg_interval, cfg_channels):
         return model(x, t, y)                                       # (N, C or 2C, H, W)
     y_null = torch.full_like(y, model.num_classes)                  # (N,)
     out = model(torch.cat([x, x]), torch.cat([t, t]), torch.cat([y, y_null]))
-    cond, uncond = out.to(x.dtype).chunk(2)                         # bf16 differences are coarse
+    cond, uncond = out.to(x.dtype).chunk(2)                         # subtract in x's precision
     k = x.shape[1] if cfg_channels is None else cfg_channels
     guided_part = uncond[:, :k] + cfg_scale * (cond[:, :k] - uncond[:, :k])  # (N, k, H, W)
     return torch.cat([guided_part, cond[:, k:]], dim=1)             # (N, C or 2C, H, W)
@@ -325,7 +314,7 @@ class DiT(nn.Module):
         initialize_weights(self)
 
     def enable_gradient_checkpointing(self):
-        """Keep only the inputs of every block for the backward pass: less memory, more time."""
+        """Keep only every block's input for the backward pass, which computes its inside again."""
         self.checkpointed = True
 
     def forward(self, x, t, y, drop=None):
@@ -336,7 +325,11 @@ class DiT(nn.Module):
         check_inputs(self, x, t, y, 999)
         c = self.t_embedder(t) + self.y_embedder(y, drop)           # (N, D)
         x = self.x_embedder(x) + self.pos_embed                     # (N, T, D)
-        x = run_blocks(self.blocks, x, c, self.checkpointed)        # (N, T, D)
+        for block in self.blocks:                                   # (N, T, D) each
+            if self.checkpointed and torch.is_grad_enabled():
+                x = checkpoint(block, x, c, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = block(x, c)
         x = self.final_layer(x, c)                                  # (N, T, p * p * out_channels)
         return unpatchify(x, self.patch_size, self.out_channels)    # (N, C or 2C, H, W)
 
@@ -352,18 +345,18 @@ def create(name, **kwargs):
 class GaussianDiffusion:
     """q(x_t | x_start) of 1000 steps, seen at some of them, and its reverse p(x_{t-1} | x_t).
 
-    num_steps: which steps are seen, see `space_timesteps`. t (N,) counts these; `timestep_map` (T,)
+    num_steps: which steps are seen, see `space_timesteps`. t (N,) counts these; `timestep_map` (S,)
         has the original ones, which the model is told.
     schedule: see `betas_of`. prediction: the model's first C channels are "noise" or "x_start".
     fixed_variance: of a model that learns none: "large" is beta, "small" the posterior's.
 
-    Tables (T,) are float64, and float32 where tensors meet them, as in the official code.
+    Tables (S,) are float64, and float32 where tensors meet them, as in the official code.
     """
 
     def __init__(self, num_steps=1000, schedule="linear", prediction="noise",
                  fixed_variance="large"):
-        known("prediction", prediction, ("noise", "x_start"))
-        known("fixed_variance", fixed_variance, ("large", "small"))
+        check_choice("prediction", prediction, ("noise", "x_start"))
+        check_choice("fixed_variance", fixed_variance, ("large", "small"))
         self.prediction = prediction
         self.timestep_map = np.array(space_timesteps(1000, num_steps))
         self.num_timesteps = len(self.timestep_map)
@@ -395,7 +388,7 @@ class GaussianDiffusion:
         self.on_device = {}
 
     def table(self, name, device, dtype):
-        """A table (T,) on a device, where it is kept."""
+        """A table (S,) on a device, where it is kept."""
         if (name, device) not in self.on_device:
             table = torch.tensor(getattr(self, name), dtype=dtype, device=device)
             self.on_device[name, device] = table
@@ -448,40 +441,21 @@ class GaussianDiffusion:
         fraction = (fraction + 1) / 2                               # (N, C, H, W)
         return mean, fraction * self.at("log_betas", t) + (1 - fraction) * low, x_start
 
-    def variational_bound(self, out, x_start, x_t, t, clip_denoised=False):
-        """The bound's term of step t (N,) in bits per dimension, and the model's x_start.
-
-        It is the KL of the two posteriors; at step 0 it is the negative log likelihood of x_start
-        as a grey level, though a latent is none.
-        """
-        true_mean, true_logvar = self.q_posterior(x_start, x_t, t)
-        mean, logvar, predicted = self.p_mean_variance(out, x_t, t, clip_denoised)
-        kl = gaussian_kl(true_mean, true_logvar, mean, logvar)      # (N, C, H, W)
-        nll = discretized_gaussian_nll(x_start, mean, 0.5 * logvar)  # (N, C, H, W)
-        nats = torch.where(t == 0, nll.flatten(1).mean(1), kl.flatten(1).mean(1))  # (N,)
-        return nats / math.log(2), predicted
-
-
-def gaussian_kl(mean1, logvar1, mean2, logvar2):
-    """KL(N(mean1, exp logvar1) || N(mean2, exp logvar2)) in nats, element by element."""
-    distance = (mean1 - mean2).square() * (-logvar2).exp()
-    return 0.5 * (logvar2 - logvar1 - 1 + (logvar1 - logvar2).exp() + distance)
-
 
 def training_loss(model, x, y, diffusion=None, loss="mse", t=None, eps=None, drop=None):
     """Loss (N,) of latents x (N, C, H, W) with labels y (N,).
 
     diffusion: the whole chain of 1000 steps, predicting the noise, where not given.
     loss: "mse" is (model - eps)^2, or (model - x)^2, + the variational bound in bits per dimension
-        where the model learns its variance; "rescaled_mse" the same with the bound times T / 1000;
-        "kl" is T times the bound alone.
+        where the model learns its variance; "rescaled_mse" the same with the bound times S / 1000;
+        "kl" is S times the bound alone.
     t, eps, drop: drawn here where not given: eps standard normal like x, then t (N,) uniform over
-        the T steps of `diffusion`. drop (N,) bool says whose label is dropped; a model in train
+        the S steps of `diffusion`. drop (N,) bool says whose label is dropped; a model in train
         mode draws it.
 
     Raises ValueError for another loss.
     """
-    known("loss", loss, ("mse", "rescaled_mse", "kl"))
+    check_choice("loss", loss, ("mse", "rescaled_mse", "kl"))
     diffusion = diffusion or DIFFUSION
     if eps is None:
         eps = torch.randn_like(x)                                   # (N, C, H, W)
@@ -490,7 +464,7 @@ def training_loss(model, x, y, diffusion=None, loss="mse", t=None, eps=None, dro
     x_t = diffusion.q_sample(x, t, eps)                             # (N, C, H, W)
     out = model(x_t, diffusion.original(t), y, drop)                # (N, C or 2C, H, W)
     if loss == "kl":
-        bound, _ = diffusion.variational_bound(out, x, x_t, t)
+        bound, _ = variational_bound(diffusion, out, x, x_t, t)
         return diffusion.num_timesteps * bound                      # (N,)
     C = x.shape[1]
     target = eps if diffusion.prediction == "noise" else x
@@ -499,7 +473,7 @@ def training_loss(model, x, y, diffusion=None, loss="mse", t=None, eps=None, dro
         return mse
     # the bound teaches the variance only: no gradient goes through the mean in it
     frozen = torch.cat([out[:, :C].detach(), out[:, C:]], dim=1)    # (N, 2C, H, W)
-    bound, _ = diffusion.variational_bound(frozen, x, x_t, t)       # (N,)
+    bound, _ = variational_bound(diffusion, frozen, x, x_t, t)       # (N,)
     if loss == "rescaled_mse":
         bound = bound * (diffusion.num_timesteps / 1000)
     return mse + bound
@@ -513,7 +487,7 @@ def ddpm(diffusion, predict, x, noise):
     """
     for i, step in enumerate(reversed(range(diffusion.num_timesteps))):
         t = torch.full((len(x),), step, device=x.device)            # (N,)
-        mean, logvar, _ = predict(x, t, step)                       # (N, C, H, W) each
+        mean, logvar, _ = predict(x, t, step)                       # (N, C, H, W)
         x = mean
         if step > 0:                                                # the last step takes no noise
             x = x + (0.5 * logvar).exp() * noise(i)
@@ -521,19 +495,18 @@ def ddpm(diffusion, predict, x, noise):
 
 
 def ddim(diffusion, predict, x, noise, eta=0.0):
-    """The same by DDIM (Song et al., arXiv 2010.02502): eta 0 is an ODE's step, 1 as noisy as DDPM.
+    """The same by DDIM (Song et al., arXiv 2010.02502): eta 0 is an ODE's step.
 
-    Yields x (N, C, H, W) after every step.
+    eta 1 is as noisy as DDPM with the posterior's variance. Yields x after every step.
     """
     for i, step in enumerate(reversed(range(diffusion.num_timesteps))):
         t = torch.full((len(x),), step, device=x.device)            # (N,)
         _, _, x_start = predict(x, t, step)                         # (N, C, H, W)
         eps = diffusion.predict_eps(x, t, x_start)                  # (N, C, H, W)
-        alpha = diffusion.alphas_cumprod[step]
         alpha_prev = diffusion.alphas_cumprod_prev[step]
-        sigma = eta * math.sqrt((1 - alpha_prev) / (1 - alpha) * max(0.0, 1 - alpha / alpha_prev))
+        sigma = eta * math.sqrt(diffusion.posterior_variance[step])
         x = math.sqrt(alpha_prev) * x_start + math.sqrt(1 - alpha_prev - sigma ** 2) * eps
-        if step > 0 and eta > 0:
+        if sigma > 0:                                               # it is 0 at step 0
             x = x + sigma * noise(i)
         yield x
 
@@ -610,7 +583,7 @@ def betas_of(schedule):
 
     "linear" goes from 1e-4 to 0.02; "squaredcos_cap_v2" is Nichol and Dhariwal's.
     """
-    known("schedule", schedule, ("linear", "squaredcos_cap_v2"))
+    check_choice("schedule", schedule, ("linear", "squaredcos_cap_v2"))
     if schedule == "linear":
         return np.linspace(1e-4, 0.02, 1000, dtype=np.float64)
     alpha_bar = np.cos((np.arange(1001) / 1000 + 0.008) / 1.008 * np.pi / 2) ** 2
@@ -637,7 +610,7 @@ def space_timesteps(num_timesteps, respacing):
     steps = []
     start = 0
     for i, count in enumerate(counts):
-        size = num_timesteps // len(counts) + (i < num_timesteps % len(counts))
+        size = num_timesteps // len(counts) + (i < num_timesteps % len(counts))     # of the section
         if not 1 <= count <= size:
             raise ValueError(f"num_steps {count} is not possible: "
                              f"DiT samples in 1 to {size} steps")
@@ -645,9 +618,29 @@ def space_timesteps(num_timesteps, respacing):
         place = 0.0
         for _ in range(count):
             steps.append(start + round(place))
-            place += stride                                        # added up: halves round as there
+            place += stride                                         # not i * stride: it rounds so
         start += size
     return steps
+
+
+def variational_bound(diffusion, out, x_start, x_t, t, clip_denoised=False):
+    """The bound's term of step t (N,) in bits per dimension, and the model's x_start.
+
+    It is the KL of the two posteriors; at step 0 it is the negative log likelihood of x_start as a
+    grey level, though a latent is none.
+    """
+    true_mean, true_logvar = diffusion.q_posterior(x_start, x_t, t)
+    mean, logvar, predicted = diffusion.p_mean_variance(out, x_t, t, clip_denoised)
+    kl = gaussian_kl(true_mean, true_logvar, mean, logvar)          # (N, C, H, W)
+    nll = discretized_gaussian_nll(x_start, mean, 0.5 * logvar)     # (N, C, H, W)
+    nats = torch.where(t == 0, nll.flatten(1).mean(1), kl.flatten(1).mean(1))       # (N,)
+    return nats / math.log(2), predicted
+
+
+def gaussian_kl(mean1, logvar1, mean2, logvar2):
+    """KL(N(mean1, exp logvar1) || N(mean2, exp logvar2)) in nats, element by element."""
+    distance = (mean1 - mean2).square() * (-logvar2).exp()
+    return 0.5 * (logvar2 - logvar1 - 1 + (logvar1 - logvar2).exp() + distance)
 
 
 def discretized_gaussian_nll(x, mean, log_scale):
@@ -668,11 +661,11 @@ DIFFUSION = GaussianDiffusion()                                     # what the p
 def bits_per_dim(model, x, y, diffusion=DIFFUSION, clip_denoised=False, noise=None):
     """The variational bound on -log2 p(x | y) per dimension of latents x (N, C, H, W), by parts.
 
-    -> dict of total_bpd (N,), prior_bpd (N,), and vb, xstart_mse, mse (N, T): the bound's terms and
+    -> dict of total_bpd (N,), prior_bpd (N,), and vb, xstart_mse, mse (N, S): the bound's terms and
     the squared errors of x_start and of the noise, from the noisiest step to step 0.
 
     noise: noise(i) -> (N, C, H, W) of the i-th of them; default torch.randn_like(x). Calls the
-    model T times.
+    model S times.
     """
     terms = {"vb": [], "xstart_mse": [], "mse": []}
     for i, step in enumerate(reversed(range(diffusion.num_timesteps))):
@@ -680,7 +673,7 @@ def bits_per_dim(model, x, y, diffusion=DIFFUSION, clip_denoised=False, noise=No
         eps = torch.randn_like(x) if noise is None else noise(i)    # (N, C, H, W)
         x_t = diffusion.q_sample(x, t, eps)                         # (N, C, H, W)
         out = model(x_t, diffusion.original(t), y)                  # (N, C or 2C, H, W)
-        bound, x_start = diffusion.variational_bound(out, x, x_t, t, clip_denoised)
+        bound, x_start = variational_bound(diffusion, out, x, x_t, t, clip_denoised)
         eps_hat = diffusion.predict_eps(x_t, t, x_start)            # (N, C, H, W)
         terms["vb"].append(bound)                                   # (N,)
         terms["xstart_mse"].append((x_start - x).square().flatten(1).mean(1))
@@ -691,7 +684,7 @@ def bits_per_dim(model, x, y, diffusion=DIFFUSION, clip_denoised=False, noise=No
     logvar = diffusion.at("log_one_minus_alphas_cumprod", last)     # (N, 1, 1, 1)
     zero = torch.zeros((), device=x.device)
     prior = gaussian_kl(mean, logvar, zero, zero)                   # (N, C, H, W)
-    out = {name: torch.stack(columns, dim=1) for name, columns in terms.items()}  # (N, T) each
+    out = {name: torch.stack(columns, dim=1) for name, columns in terms.items()}  # (N, S) each
     out["prior_bpd"] = prior.flatten(1).mean(1) / math.log(2)       # (N,)
     out["total_bpd"] = out["vb"].sum(1) + out["prior_bpd"]          # (N,)
     return out
@@ -724,7 +717,14 @@ def check_inputs(model, x, t, y, last):
 
 
 def check_sampling(model, x, y, cfg_interval, cfg_channels):
-    """Raises ValueError for labels that the model does not know and guidance it cannot give."""
+    """Raises ValueError for labels that the model does not know and guidance it cannot give.
+
+    A model in train mode is refused: it would drop labels at random.
+    """
+    if isinstance(model, nn.Module):
+        for module in model.modules():
+            if isinstance(module, LabelEmbedder) and module.training and module.dropout_prob > 0:
+                raise ValueError("the model is in train mode and drops labels: call model.eval()")
     if y.shape != x.shape[:1] or y.min() < 0 or y.max() > model.num_classes:
         raise ValueError(f"labels {y.tolist()}: want one a latent, "
                          f"0 to {model.num_classes} (which is no label)")
@@ -738,7 +738,7 @@ def check_sampling(model, x, y, cfg_interval, cfg_channels):
 
 def check_sampler(sampler, eta, reverse):
     """Raises ValueError for an unknown sampler, and for noise that it cannot have."""
-    known("sampler", sampler, ("ddpm", "ddim"))
+    check_choice("sampler", sampler, ("ddpm", "ddim"))
     if not 0 <= eta <= 1:
         raise ValueError(f"eta {eta:g}: want 0 to 1")
     if reverse and (sampler, eta) != ("ddim", 0.0):

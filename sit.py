@@ -6,18 +6,20 @@
 
 Ma et al., "SiT: Exploring Flow and Diffusion-based Generative Models with Scalable Interpolant
 Transformers", arXiv 2401.08740. The network is DiT's (Peebles and Xie, arXiv 2212.09748); parameter
-names are the official ones. `diff sit.py dit.py` shows what separates flow matching from diffusion:
-the part between the markers is the same text.
+names are the official ones. The paper counts t from the data, the official code as here.
+`diff sit.py dit.py` shows what separates flow matching from diffusion: the parts between markers
+are the same text.
 
-    N latents of C channels, x (N, C, H, W) normalised     t (N,) times
-    T = (H / p)(W / p) tokens of width D, p the patch size     y (N,) labels, num_classes: no label
+    N latents of C channels, x (N, C, H, W), of deviation 1 (Stable Diffusion's times 0.18215)
+    T = (H / p)(W / p) tokens of width D, p the patch size
+    t (N,) times, y (N,) labels, of which num_classes stands for "no label"
 
     model = create("SiT-B/2", input_size=32, num_classes=1000)
     training_loss(model, x, y).mean().backward()
-    z = sample(model, torch.randn(8, 4, 32, 32), y, num_steps=50, cfg_scale=1.5)
+    z = sample(model.eval(), torch.randn(8, 4, 32, 32), y, num_steps=50, cfg_scale=1.5)
 
 In reading order: the transformer; flow matching on the straight path with Euler's and Heun's
-method, all that the paper's setting needs; then other paths, predictions, solvers and likelihood.
+method; then other paths and predictions, other solvers, the SDE, likelihood.
 """
 import itertools
 import math
@@ -203,19 +205,6 @@ class FinalLayer(nn.Module):
 # --------------------------------------------------------------------------------------------------
 # What the two model classes have in common
 
-def run_blocks(blocks, x, c, checkpointed):
-    """Tokens x (N, T, D) through all blocks.
-
-    Where checkpointed, the inside of a block is computed again for its gradient.
-    """
-    for block in blocks:
-        if checkpointed and torch.is_grad_enabled():
-            x = checkpoint(block, x, c, use_reentrant=False, preserve_rng_state=False)
-        else:
-            x = block(x, c)                                         # (N, T, D)
-    return x
-
-
 def unpatchify(x, patch_size, out_channels):
     """(N, T, p * p * C) -> (N, C, H, W); the channel is the fastest index of a token."""
     N, T, _ = x.shape
@@ -244,7 +233,7 @@ def initialize_weights(model):
     nn.init.zeros_(model.final_layer.linear.weight)
 
 
-def known(what, value, choices):
+def check_choice(what, value, choices):
     """Raises ValueError where value is none of the choices."""
     if value not in choices:
         raise ValueError(f"{what} {value!r} is not known: choose {', '.join(map(str, choices))}")
@@ -261,7 +250,7 @@ SIZES = {
 
 
 def size_arguments(name, family):
-    """"SiT-B/2" -> dict(depth=12, hidden_size=768, num_heads=12, patch_size=2).
+    """Of SiT-B/2: dict(depth=12, hidden_size=768, num_heads=12, patch_size=2).
 
     Raises ValueError for another name.
     """
@@ -274,7 +263,7 @@ def size_arguments(name, family):
 
 
 def guided(model, x, t, y, noise_level, cfg_scale, cfg_interval, cfg_channels):
-    """Classifier-free guidance: uncond + cfg_scale (cond - uncond), (N, C, H, W).
+    """Classifier-free guidance: uncond + cfg_scale (cond - uncond), (N, C or 2C, H, W).
 
     cfg_interval: (low, high) of the noise level, 1 is noise and 0 is data; outside of it, and at
         scale 1, the output is the conditional one and only that is computed (arXiv 2404.07724).
@@ -286,7 +275,7 @@ def guided(model, x, t, y, noise_level, cfg_scale, cfg_interval, cfg_channels):
         return model(x, t, y)                                       # (N, C or 2C, H, W)
     y_null = torch.full_like(y, model.num_classes)                  # (N,)
     out = model(torch.cat([x, x]), torch.cat([t, t]), torch.cat([y, y_null]))
-    cond, uncond = out.to(x.dtype).chunk(2)                         # bf16 differences are coarse
+    cond, uncond = out.to(x.dtype).chunk(2)                         # subtract in x's precision
     k = x.shape[1] if cfg_channels is None else cfg_channels
     guided_part = uncond[:, :k] + cfg_scale * (cond[:, :k] - uncond[:, :k])  # (N, k, H, W)
     return torch.cat([guided_part, cond[:, k:]], dim=1)             # (N, C or 2C, H, W)
@@ -325,7 +314,7 @@ class SiT(nn.Module):
         initialize_weights(self)
 
     def enable_gradient_checkpointing(self):
-        """Keep only the inputs of every block for the backward pass: less memory, more time."""
+        """Keep only every block's input for the backward pass, which computes its inside again."""
         self.checkpointed = True
 
     def forward(self, x, t, y, drop=None):
@@ -336,7 +325,11 @@ class SiT(nn.Module):
         check_inputs(self, x, t, y, 1)
         c = self.t_embedder(t) + self.y_embedder(y, drop)           # (N, D)
         x = self.x_embedder(x) + self.pos_embed                     # (N, T, D)
-        x = run_blocks(self.blocks, x, c, self.checkpointed)        # (N, T, D)
+        for block in self.blocks:                                   # (N, T, D) each
+            if self.checkpointed and torch.is_grad_enabled():
+                x = checkpoint(block, x, c, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = block(x, c)
         x = self.final_layer(x, c)                                  # (N, T, p * p * out_channels)
         x = unpatchify(x, self.patch_size, self.out_channels)       # (N, out_channels, H, W)
         return x[:, :self.in_channels]                              # (N, C, H, W)
@@ -348,7 +341,7 @@ def create(name, **kwargs):
 
 
 # --------------------------------------------------------------------------------------------------
-# Flow matching on the straight path: the paper's setting
+# Flow matching on the straight path
 
 def flow_matching_loss(model, x, y, t, eps, drop=None):
     """mean (model(x_t, t, y) - v)^2 over C, H and W -> (N,), with v = d x_t / d t = x - eps."""
@@ -361,10 +354,10 @@ def flow_matching_loss(model, x, y, t, eps, drop=None):
 def euler(velocity, x, times):
     """Follow dx = v dt by Euler's method through `times`; yields x (N, C, H, W) after every step.
 
-    velocity(x, t, start) is the model's, with guidance as it is at the start of the step.
+    velocity(x, t, guide_t) is the model's, with guidance as the time guide_t has it.
     """
     for t, t_next in zip(times, times[1:]):
-        v = velocity(x, t, start=t)                                 # (N, C, H, W)
+        v = velocity(x, t, guide_t=t)                                 # (N, C, H, W)
         x = x + (t_next - t) * v                                    # (N, C, H, W)
         yield x
 
@@ -372,13 +365,13 @@ def euler(velocity, x, times):
 def heun(velocity, x, times):
     """The same by Heun's method: the mean of the velocities at both ends of a step.
 
-    The last step is one of Euler's, so that no model is asked for t = 1, where it never trained.
+    The last step is one of Euler's: on the way to data, no model is asked for t = 1.
     """
     for t, t_next in zip(times, times[1:]):
-        v = velocity(x, t, start=t)                                 # (N, C, H, W)
+        v = velocity(x, t, guide_t=t)                                 # (N, C, H, W)
         if t_next != times[-1]:
             there = x + (t_next - t) * v                            # (N, C, H, W)
-            v = (v + velocity(there, t_next, start=t)) / 2          # (N, C, H, W)
+            v = (v + velocity(there, t_next, guide_t=t)) / 2          # (N, C, H, W)
         x = x + (t_next - t) * v                                    # (N, C, H, W)
         yield x
 
@@ -397,7 +390,7 @@ def interpolant(path, t):
         the diffusion of Song et al. (arXiv 2011.13456) with beta from 20 at the noise to 0.1 at the
         data; at t = 0 its alpha is still 0.0066. Raises ValueError for another path.
     """
-    known("path", path, PATHS)
+    check_choice("path", path, PATHS)
     if path == "linear":
         return t, 1 - t, torch.ones_like(t), -torch.ones_like(t)
     if path == "gvp":
@@ -415,6 +408,8 @@ def drift_variance(path, t):
 
     velocity = alpha' / alpha x + this * score.
     """
+    if path == "vp":
+        return (0.1 + 19.9 * (1 - t)) / 2                           # beta / 2, finite at t = 1 too
     alpha, sigma, d_alpha, d_sigma = interpolant(path, t)
     return d_alpha / alpha * sigma ** 2 - sigma * d_sigma
 
@@ -442,8 +437,8 @@ def as_score(out, x, t, path, prediction):
 def time_interval(path, prediction, eps=None, training=False, reverse=False):
     """(t0, t1) in which a path is trained or sampled.
 
-    It keeps `eps` away from the ends where a division by alpha or sigma asks for it. Default of
-    eps: 0 for the velocity on linear and gvp, 1e-3 for noise and score; on vp, whose t0 is 0
+    It keeps a margin, `eps`, from the ends where a division by alpha or sigma asks for it. Default:
+    0 for the velocity on linear and gvp, 1e-3 for noise and score; on vp, whose t0 is 0
     always, 1e-5 in training and 1e-3 in sampling. `reverse`, from data to noise, gives
     (1 - t0, 1 - t1); on vp the prediction of noise begins at 1 - eps, since it is divided by sigma.
     """
@@ -478,7 +473,7 @@ def training_loss(model, x, y, path="linear", prediction="velocity", weight=None
     Raises ValueError for unknown names.
     """
     t0, t1 = time_interval(path, prediction, train_eps, training=True)
-    known("weight", weight, (None, "velocity", "likelihood"))
+    check_choice("weight", weight, (None, "velocity", "likelihood"))
     if eps is None:
         eps = torch.randn_like(x)                                   # (N, C, H, W)
     if t is None:
@@ -535,7 +530,7 @@ def weighted(weights, slopes):
 
 def per_row(v, x):
     """v (N,) as (N, 1, ...), to be multiplied with x (N, ...)."""
-    return v.to(x.dtype).view(-1, *[1] * (x.ndim - 1))
+    return v.to(x.dtype).view(len(v), *[1] * (x.ndim - 1))
 
 
 def runge_kutta_step(field, x, t, t_next, method, slopes=()):
@@ -585,7 +580,8 @@ def dopri5(field, x, start, end, atol, rtol):
     h = torch.minimum(100 * h, allowed)                             # (N,)
 
     while (moving := t != end).any():
-        t_next = torch.where(h >= (end - t).abs(), end, t + forward * h)  # (N,)
+        ends = h >= (end - t).abs()                                 # (N,), the step reaches the end
+        t_next = torch.where(ends, end, t + forward * h)            # (N,)
         if (moving & ((t_next == t) | ~h.isfinite())).any():
             stuck = t[moving].min() if forward > 0 else t[moving].max()
             raise RuntimeError(f"dopri5 finds no step at t = {stuck:g}: "
@@ -595,8 +591,9 @@ def dopri5(field, x, start, end, atol, rtol):
         tolerance = atol + rtol * torch.maximum(x.abs(), x_next.abs())  # (N, ...)
         ratio = rms(error / tolerance)                              # (N,), the step counts up to 1
         taken = ratio <= 1                                          # (N,)
-        x = torch.where(per_row(taken, x) > 0, x_next, x)
-        slope = torch.where(per_row(taken, x) > 0, slopes[-1], slope)
+        rows = per_row(taken, x).bool()                             # (N, 1, ...)
+        x = torch.where(rows, x_next, x)
+        slope = torch.where(rows, slopes[-1], slope)
         t = torch.where(taken, t_next, t)
         # an error of order 5: 0.9 of the step that would just count, at most 10 times this one,
         # at least a fifth, and no shorter one after a step that counted
@@ -607,9 +604,10 @@ def dopri5(field, x, start, end, atol, rtol):
 
 
 def integrate(field, x, t0, t1, sampler, num_steps, breaks=(), atol=1e-6, rtol=1e-3):
-    """Solve dx/dt = field(x, t, start) from t0 to t1 by an ODE sampler; yields x after every step.
+    """Solve dx/dt = field(x, t, guide_t) from t0 to t1 by an ODE sampler; yields x after each step.
 
-    start: a time that stands for the whole step, by which guidance is switched on and off.
+    guide_t: a time that stands for the whole step, by which guidance is switched on and off: its
+        beginning, or the middle between two breaks.
     breaks: times that no step of dopri5 crosses.
     """
     if sampler == "dopri5":
@@ -637,12 +635,12 @@ DIFFUSION_FORMS = ("constant", "sbdm", "sigma", "linear", "decreasing", "increas
 
 
 def diffusion(form, path, t, norm=1.0):
-    """Diffusion w(t) >= 0 of the reverse SDE at times t, scaled by `norm`.
+    """Diffusion w(t) >= 0 of the reverse SDE at times t, half of the paper's w_t.
 
-    "sbdm" is the path's own; on linear and gvp it is infinite at t = 0. Raises ValueError for
-    another form.
+    "sbdm" is the path's own; on linear and gvp it is infinite at t = 0. `norm` scales the form, in
+    "decreasing" the cosine in it. Raises ValueError for another form.
     """
-    known("diffusion_form", form, DIFFUSION_FORMS)
+    check_choice("diffusion_form", form, DIFFUSION_FORMS)
     if form == "constant":
         return norm * torch.ones_like(t)
     if form == "sbdm":
@@ -659,7 +657,7 @@ def diffusion(form, path, t, norm=1.0):
 def integrate_sde(velocity_and_score, w, x, t0, t1, sampler, num_steps, noise):
     """Solve the SDE from t0 to t1 by "sde-euler" or "sde-heun"; yields x after every step.
 
-    velocity_and_score(x, t, start): (N, C, H, W) both, `start` as in `integrate`.
+    velocity_and_score(x, t, guide_t): (N, C, H, W) both; guide_t is where the step begins.
     w(t): a number. Where it is infinite, its value at the end of the step is taken.
     noise(i): the standard normal (N, C, H, W) of step i.
     """
@@ -707,15 +705,15 @@ def trajectory(model, eps, y, sampler="heun", num_steps=50, cfg_scale=1.0, cfg_i
     check_sampling(model, eps, y, cfg_interval, cfg_channels)
     check_solver(sampler, num_steps, atol, rtol)
 
-    def output(x, t, start):
+    def output(x, t, guide_t):
         """Times (N,), and the model's output (N, C, H, W), guided as the noise level says."""
         times = torch.as_tensor(t, dtype=x.dtype, device=x.device).expand(len(x))
-        noise_level = 1 - start
+        noise_level = 1 - guide_t
         out = guided(model, x, times, y, noise_level, cfg_scale, cfg_interval, cfg_channels)
         return times, out
 
-    def velocity(x, t, start):
-        times, out = output(x, t, start)
+    def velocity(x, t, guide_t):
+        times, out = output(x, t, guide_t)
         return as_velocity(out, x, times, path, prediction)         # (N, C, H, W)
 
     if sampler in ODE_SAMPLERS:
@@ -723,7 +721,7 @@ def trajectory(model, eps, y, sampler="heun", num_steps=50, cfg_scale=1.0, cfg_i
         yield from integrate(velocity, eps, t0, t1, sampler, num_steps, breaks, atol, rtol)
         return
 
-    check_sde(sampler, reverse, diffusion_form, diffusion_norm, last_step, last_step_size, t0)
+    check_sde(sampler, reverse, diffusion_norm, last_step, last_step_size, t0)
     if prediction == "velocity" and diffusion_form != "sbdm":
         t0 = 0.0                                                    # nothing divides by alpha
     if last_step is not None:
@@ -733,9 +731,9 @@ def trajectory(model, eps, y, sampler="heun", num_steps=50, cfg_scale=1.0, cfg_i
         t = torch.tensor(t, dtype=torch.float64)
         return diffusion(diffusion_form, path, t, diffusion_norm).item()
 
-    def velocity_and_score(x, t, start):
+    def velocity_and_score(x, t, guide_t):
         """Both (N, C, H, W), from one call of the model."""
-        times, out = output(x, t, start)
+        times, out = output(x, t, guide_t)
         v = as_velocity(out, x, times, path, prediction)
         return v, as_score(out, x, times, path, prediction)
 
@@ -764,8 +762,8 @@ def sample(model, eps, y, sampler="heun", num_steps=50, **options):
     diffusion_form="sigma", diffusion_norm=1.0: w of the SDE, see `diffusion`: "constant", "sbdm",
         "sigma", "linear", "decreasing" or "increasing-decreasing".
     last_step="mean", last_step_size=0.04: how an SDE goes from 1 - last_step_size to 1: "mean" by
-        its drift without noise, "euler" by the ODE's, "tweedie" to the data's mean given x; None:
-        there is no such step.
+        its drift without noise, "euler" by the ODE's, "tweedie" to the data's mean given x. None:
+        the num_steps - 1 steps of the SDE go to 1.
     noise: noise(i) -> (N, C, H, W) gives an SDE's noise of step i; default torch.randn_like(x).
 
     The official num_steps counts the points of an ODE's grid, one more than its steps. REPA's
@@ -793,25 +791,25 @@ def log_likelihood(model, x, y, sampler="dopri5", num_steps=50, path="linear",
     """
     check_sampling(model, x, y, (0.0, 1.0), None)
     check_solver(sampler, num_steps, atol, rtol)
-    known("sampler", sampler, ODE_SAMPLERS)
+    check_choice("sampler", sampler, ODE_SAMPLERS)
     t0, t1 = time_interval(path, prediction, sample_eps, reverse=True)
     if probe is None:
         signs = torch.randint(2, x.shape, device=x.device).to(x.dtype) * 2 - 1  # (N, C, H, W)
     evaluation = itertools.count()
 
-    def field(state, s, start):
-        """-(v, div v) at t = 1 - s: state (N, CHW + 1), which is x_t and the integral so far."""
+    def field(state, t, guide_t):
+        """v and div v at state (N, CHW + 1), which is x_t and the integral so far."""
         e = signs if probe is None else probe(next(evaluation))     # (N, C, H, W)
-        times = torch.as_tensor(1 - s, dtype=x.dtype, device=x.device).expand(len(x))  # (N,)
+        times = torch.as_tensor(t, dtype=x.dtype, device=x.device).expand(len(x))       # (N,)
         with torch.enable_grad():
             x_t = state[:, :-1].reshape(x.shape).requires_grad_()   # (N, C, H, W)
             v = as_velocity(model(x_t, times, y), x_t, times, path, prediction)
             grad, = torch.autograd.grad((v * e).sum(), x_t)         # (N, C, H, W)
         divergence = (grad * e).flatten(1).sum(1, keepdim=True)     # (N, 1)
-        return -torch.cat([v.detach().flatten(1), divergence], dim=1)
+        return torch.cat([v.detach().flatten(1), divergence], dim=1)
 
     state = torch.cat([x.flatten(1), x.new_zeros(len(x), 1)], dim=1)
-    for state in integrate(field, state, 1 - t0, 1 - t1, sampler, num_steps, atol=atol, rtol=rtol):
+    for state in integrate(field, state, t0, t1, sampler, num_steps, atol=atol, rtol=rtol):
         pass
     z = state[:, :-1]                                               # (N, CHW)
     prior = -0.5 * (z ** 2 + math.log(2 * math.pi)).sum(1)          # (N,), log N(z; 0, I)
@@ -845,7 +843,14 @@ def check_inputs(model, x, t, y, last):
 
 
 def check_sampling(model, x, y, cfg_interval, cfg_channels):
-    """Raises ValueError for labels that the model does not know and guidance it cannot give."""
+    """Raises ValueError for labels that the model does not know and guidance it cannot give.
+
+    A model in train mode is refused: it would drop labels at random.
+    """
+    if isinstance(model, nn.Module):
+        for module in model.modules():
+            if isinstance(module, LabelEmbedder) and module.training and module.dropout_prob > 0:
+                raise ValueError("the model is in train mode and drops labels: call model.eval()")
     if y.shape != x.shape[:1] or y.min() < 0 or y.max() > model.num_classes:
         raise ValueError(f"labels {y.tolist()}: want one a latent, "
                          f"0 to {model.num_classes} (which is no label)")
@@ -859,8 +864,8 @@ def check_sampling(model, x, y, cfg_interval, cfg_channels):
 
 def check_transport(path, prediction, eps):
     """Raises ValueError for unknown names, and for an eps that cannot be."""
-    known("path", path, PATHS)
-    known("prediction", prediction, PREDICTIONS)
+    check_choice("path", path, PATHS)
+    check_choice("prediction", prediction, PREDICTIONS)
     if eps is None:
         return
     if not 0 <= eps < 0.5 or (eps == 0 and prediction != "velocity"):
@@ -870,7 +875,7 @@ def check_transport(path, prediction, eps):
 
 def check_solver(sampler, num_steps, atol, rtol):
     """Raises ValueError for an unknown sampler, too few steps and tolerances below 0."""
-    known("sampler", sampler, ODE_SAMPLERS + SDE_SAMPLERS)
+    check_choice("sampler", sampler, ODE_SAMPLERS + SDE_SAMPLERS)
     if sampler != "dopri5" and num_steps < (2 if sampler in SDE_SAMPLERS else 1):
         raise ValueError(f"num_steps {num_steps} is not possible: "
                          "an ODE takes at least 1 step, an SDE at least 2")
@@ -878,14 +883,13 @@ def check_solver(sampler, num_steps, atol, rtol):
         raise ValueError(f"atol {atol:g}, rtol {rtol:g}: want at least 0, and one of them more")
 
 
-def check_sde(sampler, reverse, form, norm, last_step, last_step_size, t0):
+def check_sde(sampler, reverse, norm, last_step, last_step_size, t0):
     """Raises ValueError for what an SDE cannot do."""
     if reverse:
         raise ValueError(f"reverse: {sampler} goes from noise to data only; take an ODE sampler")
-    known("diffusion_form", form, DIFFUSION_FORMS)
     if norm < 0:
         raise ValueError(f"diffusion_norm {norm:g}: want at least 0")
-    known("last_step", last_step, ("mean", "tweedie", "euler", None))
+    check_choice("last_step", last_step, ("mean", "tweedie", "euler", None))
     if last_step is not None and not 0 < last_step_size < 1 - t0:
         raise ValueError(f"last_step_size {last_step_size:g}: "
                          f"want more than 0 and less than {1 - t0:g}")

@@ -2,6 +2,7 @@
 
     python -m demo.study                          the scenes, five hours on two cores
     python -m demo.study --data images.zip        your own images: two seeds, one length of SiT
+    python -m demo.study --starts                 alignment from scratch or of a trained autoencoder
     python -m demo.study tables FILE              the tables of results.jsonl
 
 The plan stood here before its results; what was added after the first of them is marked. Killed
@@ -74,7 +75,11 @@ AUTOENCODERS = {                                         # name: stage, its flag
     "aligned, one scale": ("align", [], {"latent_scale": "one"}),
     # added after the first results: the judge has learned from the labels that the teacher saw
     "teacher without labels": ("align", [], {}),         # learns from depth alone, see TEACHERS
+    # the plan of --starts: PLAIN is the plain autoencoder of the same seed
+    "aligned from plain": ("align", ["--init", "PLAIN"], {}),
+    "aligned, twice the steps": ("align", ["--steps", 2800], {}),
 }
+STARTS = ("aligned from plain", "aligned, twice the steps")
 CONTROLS = ("random teacher", "shuffled targets", "plain, KL x 2", "plain, KL x 4",
             "teacher without labels")
 # with the other seeds, added later too
@@ -96,18 +101,24 @@ class Run(NamedTuple):
 
 @dataclasses.dataclass
 class Plan:
-    """What is run. `whole`: all of it, on scenes; else what images of one's own can tell."""
+    """What is run. `whole`: all of it, on scenes; else what images of one's own can tell; `starts`:
+    the autoencoders of STARTS alone."""
     whole: bool = True
     steps: int = 2400                                    # and half and twice as many
     num: int = 2000                                      # samples a set
+    starts: bool = False
 
     def runs(self):
         """Every set of samples, in the order of the work."""
+        if self.starts:
+            return [Run(seed, name, "sit", self.steps, "no guidance")
+                    for seed in (0, 1, 2) for name in ("plain", "aligned", *STARTS)]
         if not self.whole:
             return self.main_runs((self.steps,), (0, 1), ("sit",))
         runs = self.main_runs((self.steps // 2, self.steps, 2 * self.steps), (0, 1, 2), SAMPLER)
         for name in list(AUTOENCODERS)[2:]:
-            runs.append(Run(0, name, "sit", self.steps, "no guidance"))
+            if name not in STARTS:
+                runs.append(Run(0, name, "sit", self.steps, "no guidance"))
         for name in REPEATED:
             runs += [Run(seed, name, "sit", self.steps, "no guidance") for seed in (1, 2)]
         return runs
@@ -150,7 +161,8 @@ def shared_lanes(cfg, out):
     flags = ["--data", cfg.data, *cfg.shorter]
     jobs = {out / "judge" / "judge.safetensors":
             command("demo.teacher", "judge", "--out", out / "judge", *flags)}
-    for name, words in {"teacher": [], **(TEACHERS if cfg.plan.whole else {})}.items():
+    others = TEACHERS if cfg.plan.whole and not cfg.plan.starts else {}
+    for name, words in {"teacher": [], **others}.items():
         folder = out / name.replace(" ", "-")
         jobs[folder / "dinov2.pth"] = command(
             "demo.teacher", "train", "--out", folder, *flags, *words)
@@ -172,6 +184,8 @@ def autoencoder_jobs(cfg, out, seed, name):
     """{product: command} of an autoencoder, its latents, and MLPs that learn to read it afterwards,
     for all autoencoders alike, so that cosines and masks compare."""
     folder, (stage, flags, settings) = folder_of(out, seed, name), AUTOENCODERS[name]
+    plain = folder_of(out, seed, "plain") / "vae"
+    flags = [plain if flag == "PLAIN" else flag for flag in flags]
     if stage == "align":
         teacher = name.replace(" ", "-") if name in TEACHERS else "teacher"
         flags = [*flags, "--teacher", out / teacher]
@@ -394,9 +408,12 @@ def main_tables(plan, results):
 def autoencoder_tables(plan, results):
     """The sections Why and Ablations, of what is there."""
     lines = []
-    ablations = [name for name in AUTOENCODERS if name not in CONTROLS]
-    for title, names in (("Why", ["plain", "aligned", *CONTROLS]), ("Ablations", ablations)):
-        found = {name: results[0, name] for name in names if (0, name) in results}
+    sections = {"Why": CONTROLS, "Starts": STARTS}
+    sections["Ablations"] = [name for name in list(AUTOENCODERS)[2:]
+                             if name not in (*CONTROLS, *STARTS)]
+    for title, names in sections.items():
+        found = {name: results[0, name] for name in ("plain", "aligned", *names)
+                 if (0, name) in results}
         if len(found) < (2 if title == "Why" else 3):    # plain and aligned alone are no ablations
             continue
         # images of one's own have no masks and no depth
@@ -410,8 +427,10 @@ def autoencoder_tables(plan, results):
         lines += [f"## {title}", "", f"Seed 0; samples of SiT after {plan.steps} steps, no "
                   "guidance. The MLPs that read cosine, masks and depth off the latents learn it "
                   "afterwards, for all alike.", "", *table(["", *shown, "FD of samples"], rows)]
+        if title != "Ablations":
+            lines += seed_tables(plan, results, found, shown)
         if title == "Why":
-            lines += [*seed_tables(plan, results, found, shown), *variance_table(found)]
+            lines += variance_table(found)
     return lines
 
 
@@ -564,6 +583,8 @@ def parse_arguments(argv):
     parser.add_argument("file", nargs="?", type=Path, help="tables: a file of results")
     parser.add_argument("--data", type=Path, help="images of your own, a folder or .zip")
     parser.add_argument("--out", type=Path, help="default: runs/scenes-study or the like")
+    parser.add_argument("--starts", action="store_true",
+                        help="alignment from scratch beside that of a trained autoencoder")
     parser.add_argument("--num", type=int, default=2000, help="samples a set")
     parser.add_argument("--scenes", type=int, default=20000, help="scenes to train on")
     parser.add_argument("--steps", type=int, help="of all that trains, for a short study")
@@ -573,10 +594,11 @@ def parse_arguments(argv):
         stop("want python -m demo.study tables FILE, or python -m demo.study")
     if cfg.steps is not None and cfg.steps < 2:
         stop(f"--steps {cfg.steps}: the study trains half as long too")
-    out = cfg.out or Path("runs", f"{cfg.data.stem if cfg.data else 'scenes'}-study")
+    of = cfg.data.stem if cfg.data else "scenes"
+    out = cfg.out or Path("runs", f"{of}-{'starts' if cfg.starts else 'study'}")
     cfg.data = cfg.data or out / "scenes.zip"
     scenes = cfg.data == out / "scenes.zip" or truth_path(cfg.data).is_file()
-    cfg.plan = Plan(scenes, cfg.steps or 2400, cfg.num)
+    cfg.plan = Plan(scenes, cfg.steps or 2400, cfg.num, cfg.starts)
     cfg.shorter = ["--steps", cfg.steps] if cfg.steps else []
     cfg.common = ["--preset", "small", "--data", cfg.data]
     if scenes:

@@ -1817,8 +1817,89 @@ FID_FIGURES = REFERENCE["fid"]
 RESIZE_NAMES = {"tf1": "tf1", "pytorch_fid": "pytorch-fid", "cleanfid": "clean-fid"}
 
 
+def official(prefix):
+    """A test for every entry of the official figures of that name."""
+    names = [name for name in FID_FIGURES if name.startswith(prefix)]
+    return pytest.mark.parametrize("entry", [FID_FIGURES[name] for name in names], ids=names)
+
+
+def features_of(entry, name):
+    given = entry["inputs"][name]["features"]
+    x = array((given["n"], given["d"]), given["seed"])
+    if "mix" in given:
+        x = x @ (array((given["d"], given["d"]), given["mix"]) / np.float32(np.sqrt(given["d"])))
+    x = x * np.float32(given.get("scale", 1)) + np.float32(given.get("shift", 0))
+    return x.clamp(min=0) if given.get("relu") else x
+
+
+@official("fid_")
+def test_frechet_distance_equals_official_figures(entry):
+    """Rank-deficient and identical sets among them, where the official root is not exact and that
+    of the singular values of the centred data is."""
+    a, b = (fid.feature_statistics(features_of(entry, side)) for side in "ab")
+    mu, sigma = map(torch.from_numpy, a)
+    agrees({"mu_a": mu, "sigma_a": sigma}, entry["float64"], 1e-6, "statistics")
+    distance = fid.frechet_distance(*a, *b)
+    exact = entry["scalars"]["fid_nuclear_norm_of_centred_data"]
+    assert distance == pytest.approx(exact, rel=1e-6, abs=1e-6) and distance >= 0
+    assert fid.frechet_distance(*b, *a) == pytest.approx(distance, rel=1e-9, abs=1e-6)
+
+
+def test_frechet_distance_of_known_gaussians():
+    mu, sigma = np.zeros(3), np.eye(3)
+    for mu2, sigma1, sigma2, expected in (
+            (mu + 2, sigma, sigma, 12),                  # equal covariances: |mu1 - mu2|^2
+            (mu, sigma, 9 * sigma, 12),                  # (3 - 1)^2 in each of three directions
+            (mu + 1, 0 * sigma, 0 * sigma, 3)):
+        assert fid.frechet_distance(mu, sigma1, mu2, sigma2) == pytest.approx(expected)
+
+
+@official("is_")
+def test_inception_score_equals_official_figures(entry):
+    given, scalars = entry["inputs"], entry["scalars"]
+    scale = float(given["W"]["then"].split("(")[1].strip(")"))          # "x * float32(0.3)"
+    weight = array(**given["W"]["array"]) * np.float32(scale)
+    for size in entry["config"]["split_sizes"]:
+        score = fid.inception_score(features_of(entry, "features") @ weight, size)
+        assert score == pytest.approx(scalars[f"float64_split_size_{size}"], rel=1e-6)
+        assert score == pytest.approx(scalars[f"adm_split_size_{size}"], rel=1e-5)
+
+
+@official("pr_")
+def test_precision_recall_equals_official_figures(entry):
+    """ADM's distances are of float16: a sample more or less."""
+    scalars = entry["scalars"]
+    reference, samples = features_of(entry, "ref"), features_of(entry, "sample")
+    for dtype in (torch.float32, torch.float64):
+        found = fid.precision_recall(reference.to(dtype), samples.to(dtype), rows=70)
+        assert found == (scalars["numpy_float64_precision"], scalars["numpy_float64_recall"])
+        theirs = scalars["adm_precision"], scalars["adm_recall"]
+        assert found == pytest.approx(theirs, abs=1.01 / len(samples))
+
+
+@official("kid_")
+def test_kid_equals_official_figures(entry):
+    config, scalars = entry["config"], entry["scalars"]
+    found = fid.kid(features_of(entry, "features_1"), features_of(entry, "features_2"),
+                    config["kid_subsets"], config["kid_subset_size"], config["rng_seed"])
+    expected = scalars["mean_float64"], scalars["std_float64"]
+    assert found == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("measure, given, said", [
+    (fid.frechet_distance, (np.zeros(3), np.eye(3), np.zeros(2), np.eye(2)), "do not go together"),
+    (fid.feature_statistics, (np.zeros((1, 3)),), "1 images: mean and covariance need at least 2"),
+    (fid.feature_statistics, (np.array([[1, math.nan], [1, 2], [2, 2]]),), "not finite"),
+    (fid.inception_score, (np.array([[1, math.nan], [1, 2]]),), "not finite"),
+    (fid.precision_recall, (np.zeros((3, 2)), np.zeros((9, 2))), "more than 3"),
+    (fid.kid, (np.zeros((9, 2)), np.zeros((8, 2)), 1, 9), "at least its subset of 9")])
+def test_measures_refuse_what_they_cannot_compare(measure, given, said):
+    with pytest.raises(ValueError, match=said):
+        measure(*given)
+
+
 def filled_inception(gain=1.4):
-    """Inception with filled weights. Without the gain its features would hardly depend on the image."""
+    """Inception with filled weights. Without a gain its features hardly depend on the image."""
     model = fill(fid.InceptionV3())
     with torch.no_grad():
         for value in model.state_dict().values():
@@ -1836,165 +1917,60 @@ def inception_weights(tmp_path_factory):
 
 def inception_outputs(model, x):
     seen = {}
-    hooks = [model.get_submodule(name).register_forward_hook(lambda m, i, out, name=name: seen.update({name: out}))
-             for name in ("Mixed_5b", "Mixed_6b", "Mixed_6e", "Mixed_7b", "Mixed_7c", "Conv2d_2b_3x3", "Conv2d_4a_3x3")]
+    hooks = [child.register_forward_hook(lambda m, i, out, name=name: seen.update({name: out}))
+             for name, child in model.named_children()]
     with torch.no_grad():
         pool3, spatial, logits = model(x)
     for hook in hooks:
         hook.remove()
-    return dict(seen, pool3=pool3, pool3_item0_minus_item1=pool3[0] - pool3[1], network_input=x,
-                spatial_flat_as_ADM_nhwc=spatial, spatial_nchw_17x17=spatial.view(2, 17, 17, 7).permute(0, 3, 1, 2),
-                logits_unbiased=logits, logits=model.fc(pool3), block2=seen["Mixed_6e"],
-                block0=F.max_pool2d(seen["Conv2d_2b_3x3"], 3, 2), block1=F.max_pool2d(seen["Conv2d_4a_3x3"], 3, 2))
+    return dict(
+        seen, network_input=x, pool3=pool3, pool3_item0_minus_item1=pool3[0] - pool3[1],
+        block0=F.max_pool2d(seen["Conv2d_2b_3x3"], 3, 2), block2=seen["Mixed_6e"],
+        block1=F.max_pool2d(seen["Conv2d_4a_3x3"], 3, 2), spatial_flat_as_ADM_nhwc=spatial,
+        spatial_nchw_17x17=spatial.view(2, 17, 17, 7).permute(0, 3, 1, 2),
+        logits_unbiased=logits, logits=model.fc(pool3))
 
 
-@pytest.mark.parametrize("name", [name for name in FID_FIGURES if name.startswith("inception_")])
-def test_inception_equals_official_figures(name):
-    """Unfolded and folded. pool3_item0_minus_item1, the image's share of the features, shows an error of the resize;
-    its own float32 error is 1e-4 of it, and 8e-3 where there is no gain."""
-    entry = FID_FIGURES[name]
-    x, model, resize = array(**entry["array"]), filled_inception(entry["config"]["gain"]), lambda x: x
-    if "resize" in entry["config"]:
-        x, resize = x.floor(), fid.RESIZES[RESIZE_NAMES[entry["config"]["resize"]]]
-    kinds = [(model, torch.float32), (copy.deepcopy(model).fold(), torch.float32)]
-    if "float64" in entry:
-        kinds.append((copy.deepcopy(model).double(), torch.float64))
-    for network, dtype in kinds:
-        out = inception_outputs(network, resize(x.to(dtype)).to(dtype))
-        for key, recorded in entry[str(dtype).split(".")[1]].items():
-            tolerance = {1: 2e-2, 1.4: 5e-4}[entry["config"]["gain"]] if "minus" in key else 1e-4
-            assert difference(out[key], recorded) < (tolerance if dtype == torch.float32 else 1e-6), (key, dtype)
+@official("inception_")
+def test_inception_equals_official_figures(entry, tmp_path):
+    """As it is, and loaded and folded. pool3_item0_minus_item1, the image's share of the features,
+    shows an error of the resize; its float32 error is 1e-4 of it, and 8e-3 without a gain."""
+    gain, resize = entry["config"]["gain"], entry["config"].get("resize")
+    model = filled_inception(gain)
+    torch.save(model.state_dict(), tmp_path / "inception.pth")
+    loaded = fid.InceptionV3.from_published(tmp_path / "inception.pth")
+    float32 = {1: 2e-2, 1.4: 5e-4}[gain]
+    for network, kind, tolerance, of_item0_minus_item1 in (
+            (model, "float32", 1e-4, float32), (loaded, "float32", 1e-4, float32),
+            (copy.deepcopy(model).double(), "float64", 1e-6, 1e-6)):
+        x = array(**entry["array"]).to(getattr(torch, kind))
+        if resize:
+            x = fid.RESIZES[RESIZE_NAMES[resize]](x.floor()).to(x.dtype)
+        out = inception_outputs(network, x) if kind in entry else {}
+        for key, recorded in entry.get(kind, {}).items():
+            limit = of_item0_minus_item1 if key.endswith("item0_minus_item1") else tolerance
+            assert difference(out[key], recorded) < limit, (key, kind)
 
 
 def test_inception_has_the_published_names():
-    ours = {name: "x".join(map(str, value.shape)) for name, value in fid.InceptionV3().state_dict().items()}
+    ours = {name: "x".join(map(str, value.shape))
+            for name, value in fid.InceptionV3().state_dict().items()}
     assert ours == FID_FIGURES["names"]
 
 
-@pytest.mark.parametrize("name", [name for name in FID_FIGURES if name.startswith("resize_")])
-def test_resizes_equal_official_figures(name):
-    x = array(**FID_FIGURES[name]["array"]).floor().to(torch.uint8)
-    for key, recorded in FID_FIGURES[name]["float32"].items():
+@official("resize_")
+def test_resizes_equal_official_figures(entry):
+    x = array(**entry["array"]).floor().to(torch.uint8)
+    for key, recorded in entry["float32"].items():
         assert difference(fid.RESIZES[RESIZE_NAMES[key]](x), recorded) < 1e-5, key
-
-
-def features_of(entry, name):
-    given = entry["inputs"][name]["features"]
-    x = array((given["n"], given["d"]), given["seed"])
-    if "mix" in given:
-        x = x @ (array((given["d"], given["d"]), given["mix"]) / np.float32(np.sqrt(given["d"])))
-    x = x * np.float32(given.get("scale", 1)) + np.float32(given.get("shift", 0))
-    return x.clamp(min=0) if given.get("relu") else x
-
-
-@pytest.mark.parametrize("name", [name for name in FID_FIGURES if name.startswith(("fid_", "is_", "pr_", "kid_"))])
-def test_metrics_equal_official_figures(name):
-    """Rank-deficient and identical sets among them, where the figure of the centred data's singular values is exact."""
-    entry, scalars = FID_FIGURES[name], FID_FIGURES[name]["scalars"]
-    if name.startswith("fid_"):
-        a, b = (fid.feature_statistics(features_of(entry, side)) for side in "ab")
-        distance = fid.frechet_distance(*a, *b)
-        exact = scalars["fid_nuclear_norm_of_centred_data"]
-        assert distance == pytest.approx(exact, rel=1e-6, abs=1e-6) and distance >= 0
-        assert fid.frechet_distance(*b, *a) == pytest.approx(distance, rel=1e-9, abs=1e-6)
-        check_figures = {"mu_a": torch.from_numpy(a[0]), "sigma_a": torch.from_numpy(a[1])}
-        agrees(check_figures, entry["float64"], 1e-6, name)
-    elif name.startswith("is_"):
-        given = entry["inputs"]
-        scale = float(given["W"]["then"].split("(")[1].strip(")"))               # "x * float32(0.3)"
-        logits = features_of(entry, "features") @ (array(**given["W"]["array"]) * np.float32(scale))
-        for size in entry["config"]["split_sizes"]:
-            score = fid.inception_score(logits, size)
-            assert score == pytest.approx(scalars[f"float64_split_size_{size}"], rel=1e-6)
-            assert score == pytest.approx(scalars[f"adm_split_size_{size}"], rel=1e-5)
-    elif name.startswith("pr_"):
-        reference, samples = features_of(entry, "ref"), features_of(entry, "sample")
-        for dtype in (torch.float32, torch.float64):
-            found = fid.precision_recall(reference.to(dtype), samples.to(dtype), rows=70)
-            assert found == (scalars["numpy_float64_precision"], scalars["numpy_float64_recall"])
-            theirs = scalars["adm_precision"], scalars["adm_recall"]             # float16: a sample more or less
-            assert found == pytest.approx(theirs, abs=1.01 / len(samples))
-    else:
-        config = entry["config"]
-        mean, std = fid.kid(features_of(entry, "features_1"), features_of(entry, "features_2"), config["kid_subsets"],
-                            config["kid_subset_size"], config["rng_seed"])
-        assert (mean, std) == pytest.approx((scalars["mean_float64"], scalars["std_float64"]), rel=1e-6)
-
-
-def test_precision_and_recall_are_not_exchanged():
-    """Samples of one of two real modes: all of them are real, but they miss half of what is."""
-    real = torch.cat([array((100, 4), 1), array((100, 4), 2) + 50])
-    assert fid.precision_recall(real, real[:100] + 0.01 * array((100, 4), 3)) == (1.0, 0.5)
-
-
-def test_frechet_distance_of_known_gaussians():
-    mu, sigma = np.zeros(3), np.eye(3)
-    assert fid.frechet_distance(mu, sigma, mu + 2, sigma) == pytest.approx(12)   # equal covariances: |mu1 - mu2|^2
-    assert fid.frechet_distance(mu, sigma, mu, 9 * sigma) == pytest.approx(12)   # (3 - 1)^2 in each of three directions
-    assert fid.frechet_distance(mu, 0 * sigma, mu + 1, 0 * sigma) == pytest.approx(3)
-    with pytest.raises(ValueError, match="do not go together"):
-        fid.frechet_distance(mu, sigma, np.zeros(2), np.eye(2))
-    with pytest.raises(ValueError, match="1 images: mean and covariance need at least 2"):
-        fid.feature_statistics(np.zeros((1, 3)))
-    with pytest.raises(ValueError, match="not finite"):
-        fid.feature_statistics(np.array([[1.0, math.nan], [1, 2], [2, 2]]))
-    with pytest.raises(ValueError, match="more than 3"):
-        fid.precision_recall(np.zeros((3, 2)), np.zeros((9, 2)))
-
-
-@pytest.fixture(scope="session")
-def torch_fidelity():
-    """torch-fidelity's own network and metrics. It imports torchvision, which it does not need for them and which this
-    torch does not go with."""
-    absent = ("torchvision", "torchvision.datasets", "torchvision.models", "torchvision.transforms",
-              "torchvision.transforms.functional")
-    with mock.patch.dict(sys.modules, {name: mock.MagicMock() for name in absent}):
-        names = ("feature_extractor_inceptionv3", "metric_fid", "metric_isc", "metric_kid", "metric_prc")
-        return SimpleNamespace(**{name: importlib.import_module(f"torch_fidelity.{name}") for name in names})
-
-
-def test_every_figure_equals_torch_fidelitys(torch_fidelity, inception_weights):
-    names = ["2048", "logits_unbiased"]
-    theirs = torch_fidelity.feature_extractor_inceptionv3.FeatureExtractorInceptionV3(
-        "peer", names, feature_extractor_weights_path=str(inception_weights))
-    ours = fid.InceptionV3.from_published(inception_weights)
-    images = (array((8, 3, 40, 56), 1, 0, 256) * array((8, 3, 1, 1), 3, 0.1, 1)).floor().to(torch.uint8)
-    with torch.no_grad():
-        (pool3, logits), out = theirs(images), ours(fid.RESIZES["tf1"](images))
-    for mine, expected in ((out.pool3, pool3), (out.logits, logits)):
-        atol = 1e-4 * expected.std().item()
-        torch.testing.assert_close(mine, expected, rtol=0, atol=atol)
-        torch.testing.assert_close(mine - mine.mean(0), expected - expected.mean(0), rtol=0, atol=atol)
-    real, samples = array((90, 32), 5), array((130, 32), 6) * 1.1 + 0.1
-    quiet = dict(verbose=False, save_cpu_ram=False)
-    scores = torch_fidelity.metric_prc.prc_features_to_metric(
-        samples, real, prc_neighborhood=3, prc_batch_size=50, **quiet)
-    assert fid.precision_recall(real, samples) == pytest.approx((scores["precision"], scores["recall"]), abs=1e-6)
-    scores = torch_fidelity.metric_kid.kid_features_to_metric(
-        samples.double(), real.double(), kid_subsets=7, kid_subset_size=60, kid_kernel="poly", kid_kernel_poly_degree=3,
-        kid_kernel_poly_gamma=None, kid_kernel_poly_coef0=1, rng_seed=2020, **quiet)
-    expected = scores["kernel_inception_distance_mean"], scores["kernel_inception_distance_std"]
-    assert fid.kid(samples, real, 7, 60) == pytest.approx(expected, rel=1e-6)
-    scores = torch_fidelity.metric_isc.isc_features_to_metric(samples, splits=2, shuffle=False)
-    assert fid.inception_score(samples, 65) == pytest.approx(scores["inception_score_mean"], rel=1e-6)
-    statistics = [dict(zip(("mu", "sigma"), fid.feature_statistics(x))) for x in (real, samples)]
-    scores = torch_fidelity.metric_fid.fid_statistics_to_metric(*statistics, False)
-    distance = fid.frechet_distance(*statistics[0].values(), *statistics[1].values())
-    assert distance == pytest.approx(scores["frechet_inception_distance"], rel=1e-6)
-
-
-def evaluated(*words, processes=1, **env):
-    """The figures that the program writes, and what it prints."""
-    path = Path(words[0]).parent / f"figures-{len(list(Path(words[0]).parent.iterdir()))}.json"
-    done = command("fid.py", *words, "--json", path, processes=processes, **env)
-    return json.loads(path.read_text()), done.stdout
 
 
 @pytest.fixture(scope="session")
 def image_sets(tmp_path_factory, inception_weights):
-    """The same 21 samples in every form, 13 reference images, and the reference's statistics as ADM writes them."""
+    """The same 21 samples in every form, 13 reference images, and their statistics as ADM has."""
     root, rng = tmp_path_factory.mktemp("sets"), np.random.default_rng(0)
-    samples, reference = (rng.integers(0, 256, (n, 4, 4, 3), np.uint8).repeat(6, 1).repeat(6, 2) for n in (21, 13))
+    samples, reference = (rng.integers(0, 256, (n, 4, 4, 3), np.uint8).repeat(6, 1).repeat(6, 2)
+                          for n in (21, 13))
     np.savez(root / "samples.npz", samples, np.zeros(21, dtype=np.int64))
     np.savez_compressed(root / "compressed.npz", arr_0=samples)
     np.save(root / "samples.npy", samples)
@@ -2006,129 +1982,81 @@ def image_sets(tmp_path_factory, inception_weights):
             path = root / "folder" / ("below" if i > 9 else "") / f"{i:03d}.png"
             Image.fromarray(image).save(path)
             archive.write(path, f"some/{i:03d}.png")
-    command("fid.py", root / "reference.npz", "--save-stats", root / "stats.npz", "--weights", inception_weights)
+    command("fid.py", root / "reference.npz", "--save-stats", root / "stats.npz",
+            "--weights", inception_weights)
     with np.load(root / "stats.npz") as stats:
         np.savez(root / "adm.npz", arr_0=reference, **stats)
         np.savez(root / "pytorch-fid.npz", mu=stats["mu"], sigma=stats["sigma"])
     return root
 
 
-def test_all_forms_of_images_are_read_alike(image_sets):
-    with np.load(image_sets / "samples.npz") as file:
-        expected = file["arr_0"]
-    for name in ("samples.npz", "compressed.npz", "samples.npy", "floats.npy", "folder", "samples.zip"):
-        images = fid.open_images(image_sets / name)
-        assert len(images) == 21 and images.about == "21 images of 24 x 24"
-        np.testing.assert_array_equal(np.concatenate(list(images.batches(0, 21, 8, 2))), expected, name)
-        np.testing.assert_array_equal(np.concatenate(list(images.batches(5, 19, 4, 2))), expected[5:19], name)
+def evaluated(*words, processes=1, **env):
+    """The figures that the program writes, and what it prints."""
+    folder = Path(words[0]).parent
+    path = folder / f"figures-{len(list(folder.iterdir()))}.json"
+    done = command("fid.py", *words, "--json", path, processes=processes, **env)
+    return json.loads(path.read_text()), done.stdout
 
 
-def test_processes_and_files_of_statistics_give_the_same_figures(image_sets, inception_weights):
-    weights, every = ("--weights", inception_weights, "--batch-size", 8), ("--metrics", *fid.METRICS)
-    whole, table = evaluated(image_sets / "samples.npz", image_sets / "reference.npz", *weights, *every)
-    for text in ("21 images of 24 x 24", "resize tf1", "FID", "sFID", "Inception Score", "precision", "recall", "KID",
-                 "13 images", "fewer than 2,048"):
+@pytest.fixture(scope="session")
+def whole_figures(image_sets, inception_weights):
+    return evaluated(image_sets / "samples.npz", image_sets / "reference.npz",
+                     "--weights", inception_weights, "--metrics", *fid.METRICS)
+
+
+def test_the_program_computes_what_its_functions_do(image_sets, inception_weights, whole_figures):
+    model, outputs = fid.InceptionV3.from_published(inception_weights), []
+    for name in ("samples.npz", "reference.npz"):
+        with np.load(image_sets / name) as file, torch.no_grad():
+            images = torch.from_numpy(file["arr_0"]).permute(0, 3, 1, 2)
+            outputs.append(model(fid.resize_tf1(images)))
+    ours, theirs = outputs
+    figures, table = whole_figures
+    for metric, a, b in (("fid", ours.pool3, theirs.pool3), ("sfid", ours.spatial, theirs.spatial)):
+        a, b = a.double().numpy(), b.double().numpy()
+        expected = fid.frechet_distance(a.mean(0), np.cov(a.T), b.mean(0), np.cov(b.T))
+        assert figures[metric] == pytest.approx(expected, rel=1e-5) and figures[metric] > 1
+    assert figures["is"] == pytest.approx(fid.inception_score(ours.logits), rel=1e-5)
+    expected = fid.precision_recall(theirs.pool3, ours.pool3)
+    assert (figures["precision"], figures["recall"]) == expected
+    expected = fid.kid(theirs.pool3, ours.pool3, subset_size=13)
+    assert (figures["kid"], figures["kid_std"]) == pytest.approx(expected, rel=1e-4)
+    assert figures["num_samples"] == 21
+    for text in ("21 images of 24 x 24", "resize tf1", *fid.METRICS.values(), "13 images",
+                 "fewer than 2,048"):
         assert text in table
-    assert whole["fid"] > 1 and whole["sfid"] > 1 and whole["num_samples"] == 21
-    figures, table = evaluated(image_sets / "folder", image_sets / "adm.npz", *weights, *every, processes=2)
+
+
+def test_processes_and_files_of_statistics_give_the_same_figures(image_sets, inception_weights,
+                                                                 whole_figures):
+    samples, whole = image_sets / "samples.npz", whole_figures[0]
+    options = ("--weights", inception_weights, "--batch-size", 8)
+    figures, table = evaluated(image_sets / "folder", image_sets / "adm.npz", *options,
+                               "--metrics", *fid.METRICS, processes=2)
     assert "its statistics; 13 images for precision, recall, kid" in table
     for metric in (*fid.METRICS, "kid_std"):
         assert figures[metric] == pytest.approx(whole[metric], rel=1e-5, abs=1e-6), metric
-    figures, table = evaluated(image_sets / "samples.npz", image_sets / "pytorch-fid.npz", *weights)
-    assert figures["fid"] == pytest.approx(whole["fid"], rel=1e-6) and not {"sfid", "precision"} & figures.keys()
+    figures, _ = evaluated(samples, image_sets / "pytorch-fid.npz", *options)
+    assert figures["fid"] == pytest.approx(whole["fid"], rel=1e-6)
     assert figures["is"] == pytest.approx(whole["is"])
-    figures, table = evaluated(image_sets / "samples.npz", image_sets / "samples.npy", *weights, "--references", 7,
+    assert not {"sfid", "precision"} & figures.keys()
+    figures, table = evaluated(samples, image_sets / "samples.npy", *options, "--references", 7,
                                "--metrics", "fid", "recall", "--resize", "clean-fid")
-    assert figures["fid"] == pytest.approx(0, abs=1e-4)                          # with fewer images than dimensions
-    assert figures["recall"] == 1.0 and "7 images for recall" in table and "resize clean-fid" in table
+    assert figures["fid"] == pytest.approx(0, abs=1e-4)  # with fewer images than dimensions
+    assert figures["recall"] == 1.0 and "precision" not in figures
+    assert "7 images for recall" in table and "resize clean-fid" in table
 
 
-def test_the_program_computes_what_its_functions_do(image_sets, inception_weights):
-    model, features = fid.InceptionV3.from_published(inception_weights), []
-    for name in ("samples.npz", "reference.npz"):
-        with np.load(image_sets / name) as file, torch.no_grad():
-            features.append(model(fid.resize_tf1(torch.from_numpy(file["arr_0"]).permute(0, 3, 1, 2))))
-    ours, theirs = features
-    figures, _ = evaluated(image_sets / "samples.npz", image_sets / "reference.npz", "--weights", inception_weights)
-    for metric, part in (("fid", "pool3"), ("sfid", "spatial")):
-        a, b = (torch.as_tensor(getattr(side, part)).double().numpy() for side in (ours, theirs))
-        expected = fid.frechet_distance(a.mean(0), np.cov(a.T), b.mean(0), np.cov(b.T))
-        assert figures[metric] == pytest.approx(expected, rel=1e-5)
-    assert figures["is"] == pytest.approx(fid.inception_score(ours.logits), rel=1e-5)
-    assert (figures["precision"], figures["recall"]) == fid.precision_recall(theirs.pool3, ours.pool3)
-
-
-def test_a_big_file_is_read_in_pieces(tmp_path):
-    """240 MB of images, deflated, pass through 48 MB."""
-    with zipfile.ZipFile(tmp_path / "big.npz", "w", zipfile.ZIP_DEFLATED) as archive:
-        with archive.open("arr_0.npy", "w", force_zip64=True) as file:
-            header = dict(descr="|u1", fortran_order=False, shape=(5000, 128, 128, 3))
-            np.lib.format.write_array_header_1_0(file, header)
-            for i in range(5000):
-                file.write(bytes([i % 256]) * (128 * 128 * 3))
-    images = fid.open_images(tmp_path / "big.npz")
-    tracemalloc.start()
-    seen = [int(batch[0, 0, 0, 0]) for batch in images.batches(1250, 5000, 50, 1)]
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert seen == [i % 256 for i in range(1250, 5000, 50)] and peak < 48e6
-
-
-def broken_images(tmp_path, kind):
-    path, image = tmp_path / f"{kind}.npz", np.zeros((8, 8, 3), dtype=np.uint8)
-    folder = tmp_path / kind
-    if kind == "pickled":
-        np.savez(path, np.array([{"a": 1}, None], dtype=object))
-    elif kind == "one image":
-        np.savez(path, image[None])
-    elif kind == "floats":
-        np.savez(path, np.full((3, 8, 8, 3), 2.0))
-    elif kind == "grey array":
-        np.savez(path, np.zeros((3, 8, 8), dtype=np.uint8))
-    elif kind == "no arr_0":
-        np.savez(path, images=image[None])
-    elif kind == "truncated":
-        np.savez(path, np.random.default_rng(0).integers(0, 256, (9, 8, 8, 3), dtype=np.uint8))
-        path.write_bytes(path.read_bytes()[:900])
-    elif kind == "truncated npy":
-        path = tmp_path / "truncated.npy"
-        np.save(path, np.zeros((9, 8, 8, 3), dtype=np.uint8))
-        path.write_bytes(path.read_bytes()[:900])
-    elif kind == "damaged":
-        np.savez_compressed(path, np.random.default_rng(0).integers(0, 256, (70, 32, 32, 3), dtype=np.uint8))
-        data = bytearray(path.read_bytes())
-        data[150_000:150_040] = bytes(40)
-        path.write_bytes(data)
-    else:
-        folder.mkdir()
-        path = folder
-        for i in range(3):
-            Image.fromarray(image).save(folder / f"{i}.png")
-        if kind == "mixed sizes":
-            Image.fromarray(np.zeros((9, 8, 3), dtype=np.uint8)).save(folder / "odd.png")
-        elif kind == "corrupt":
-            (folder / "odd.png").write_bytes((folder / "0.png").read_bytes()[:40])
-        elif kind == "rgba":
-            Image.fromarray(np.zeros((8, 8, 4), dtype=np.uint8)).save(folder / "odd.png")
-        elif kind == "sixteen bits":
-            Image.fromarray(np.zeros((8, 8), dtype=np.uint16)).save(folder / "odd.png")
-        elif kind == "empty":
-            shutil.rmtree(folder)
-            folder.mkdir()
-    return path
-
-
-@pytest.mark.parametrize("kind, said", {
-    "missing.npz": "not found", "pickled": "pickled objects", "one image": "at least 2", "floats": "want uint8",
-    "grey array": "want images (N, H, W, 3)", "no arr_0": "arr_0", "truncated": "truncated.npz holds no images",
-    "truncated npy": "ends after 4 of 9 images", "damaged": "is damaged", "mixed sizes": "odd.png is 9 x 8",
-    "corrupt": "odd.png cannot be used", "rgba": "mode RGBA", "sixteen bits": "mode I;16",
-    "empty": "has no images"}.items())
-def test_images_that_cannot_be_used_are_named(tmp_path, image_sets, inception_weights, kind, said):
-    path = tmp_path / kind if kind == "missing.npz" else broken_images(tmp_path, kind)
-    words = ("--weights", inception_weights, "--json", tmp_path / "out.json")
-    line = refused("fid.py", path, image_sets / "pytorch-fid.npz", *words)
-    assert said in line and line.startswith("fid.py: ") and not (tmp_path / "out.json").exists()
+def test_all_forms_of_images_are_read_alike(image_sets):
+    with np.load(image_sets / "samples.npz") as file:
+        expected = file["arr_0"]
+    for name in ("samples.npz", "compressed.npz", "samples.npy", "floats.npy", "folder",
+                 "samples.zip"):
+        images = fid.open_images(image_sets / name)
+        assert len(images) == 21 and images.about == "21 images of 24 x 24"
+        for first, last, size in ((0, 21, 8), (5, 19, 4)):
+            read = np.concatenate(list(images.batches(first, last, size, workers=2)))
+            np.testing.assert_array_equal(read, expected[first:last], name)
 
 
 def test_grey_images_become_rgb_as_stated(tmp_path):
@@ -2138,28 +2066,97 @@ def test_grey_images_become_rgb_as_stated(tmp_path):
     assert batch.shape == (2, 4, 4, 3) and (batch[0] == 7).all() and (batch[1] == 9).all()
 
 
-def test_the_evaluator_refuses_what_it_cannot_do(image_sets, inception_weights, server, monkeypatch, tmp_path):
-    samples, weights = image_sets / "samples.npz", ("--weights", inception_weights)
-    only = image_sets / "pytorch-fid.npz"
-    assert "statistics for fid, is only" in refused("fid.py", samples, only, *weights, "--metrics", "sfid")
-    assert "statistics for fid, is only" in refused("fid.py", samples, only, *weights, "--metrics", "fid", "recall")
-    assert "give SAMPLES and REFERENCE" in refused("fid.py", samples, *weights)
-    assert "--batch-size 0" in refused("fid.py", samples, only, *weights, "--batch-size", 0)
+def test_a_big_file_is_read_in_pieces(tmp_path):
+    """240 MB of images, deflated, pass through 48 MB."""
+    with (zipfile.ZipFile(tmp_path / "big.npz", "w", zipfile.ZIP_DEFLATED) as archive,
+          archive.open("arr_0.npy", "w", force_zip64=True) as file):
+        header = dict(descr="|u1", fortran_order=False, shape=(5000, 128, 128, 3))
+        np.lib.format.write_array_header_1_0(file, header)
+        for i in range(5000):
+            file.write(bytes([i % 256]) * (128 * 128 * 3))
+    images = fid.open_images(tmp_path / "big.npz")
+    tracemalloc.start()
+    seen = [int(batch[0, 0, 0, 0]) for batch in images.batches(1250, 5000, 50, 1)]
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert seen == [i % 256 for i in range(1250, 5000, 50)] and peak < 48e6
+
+
+BLACK = np.zeros((9, 8, 8, 3), dtype=np.uint8)
+NOISE = np.random.default_rng(0).integers(0, 256, (70, 32, 32, 3), dtype=np.uint8)
+
+
+def damaged(make, start, zeros=0, inside=""):
+    """What makes a file and puts some zeros into it, or cuts it off."""
+    def make_damaged(path):
+        make(path)
+        content = (path / inside).read_bytes()
+        rest = content[start + zeros:] if zeros else b""
+        (path / inside).write_bytes(content[:start] + bytes(zeros) + rest)
+    return make_damaged
+
+
+def folder_with(odd):
+    """What makes a folder of three images and an odd one."""
+    def make(path):
+        path.mkdir()
+        for i in range(3):
+            Image.fromarray(BLACK[0]).save(path / f"{i}.png")
+        Image.fromarray(odd).save(path / "odd.png")
+    return make
+
+
+UNUSABLE = {                                             # how it is made, and what is said of it
+    "missing.npz": (lambda path: None, "not found"),
+    "pickled.npz": (lambda path: np.savez(path, np.array([{"a": 1}, None])), "pickled objects"),
+    "one.npz": (lambda path: np.savez(path, BLACK[:1]), "at least 2"),
+    "floats.npz": (lambda path: np.savez(path, BLACK + 2.0), "want uint8"),
+    "grey.npz": (lambda path: np.savez(path, BLACK[..., 0]), "want images (N, H, W, 3)"),
+    "named.npz": (lambda path: np.savez(path, images=BLACK), "arr_0"),
+    "cut.npz": (damaged(lambda path: np.savez(path, BLACK), 900), "cut.npz holds no images"),
+    "cut.npy": (damaged(lambda path: np.save(path, BLACK), 900), "ends after 4 of 9 images"),
+    "damaged.npz": (damaged(lambda path: np.savez_compressed(path, NOISE), 150_000, 40),
+                    "is damaged"),
+    "mixed": (folder_with(np.zeros((9, 8, 3), np.uint8)), "odd.png is 9 x 8"),
+    "corrupt": (damaged(folder_with(BLACK[0]), 40, inside="odd.png"), "odd.png cannot be used"),
+    "rgba": (folder_with(np.zeros((8, 8, 4), np.uint8)), "mode RGBA"),
+    "sixteen bits": (folder_with(np.zeros((8, 8), np.uint16)), "mode I;16"),
+    "empty": (Path.mkdir, "has no images")}
+
+
+@pytest.mark.parametrize("name", UNUSABLE)
+def test_images_that_cannot_be_used_are_named(tmp_path, image_sets, inception_weights, name):
+    make, said = UNUSABLE[name]
+    make(tmp_path / name)
+    line = refused("fid.py", tmp_path / name, image_sets / "pytorch-fid.npz",
+                   "--weights", inception_weights, "--json", tmp_path / "out.json")
+    assert said in line and line.startswith("fid.py: ") and not (tmp_path / "out.json").exists()
+
+
+def test_the_evaluator_refuses_what_it_cannot_do(image_sets, inception_weights, server,
+                                                 monkeypatch, tmp_path):
+    samples, only = image_sets / "samples.npz", image_sets / "pytorch-fid.npz"
+    weights = ("--weights", inception_weights)
     np.savez(tmp_path / "other.npz", mu=np.zeros(64), sigma=np.eye(64))
-    assert "want those of 2048" in refused("fid.py", samples, tmp_path / "other.npz", *weights)
     np.savez(tmp_path / "nan.npz", mu=np.full(2048, math.nan), sigma=np.eye(2048))
-    assert "not finite" in refused("fid.py", samples, tmp_path / "nan.npz", *weights)
     broken = torch.load(inception_weights, weights_only=True)
-    broken["fc.bias"] = torch.zeros(5)
-    torch.save(broken, tmp_path / "broken.pth")
-    assert "does not fit" in refused("fid.py", samples, only, "--weights", tmp_path / "broken.pth")
-    broken["fc.bias"] = torch.zeros(1008)
+    torch.save({**broken, "fc.bias": torch.zeros(5)}, tmp_path / "broken.pth")
     broken["Mixed_5b.branch1x1.bn.bias"] = torch.full((64,), math.nan)
     torch.save(broken, tmp_path / "nan.pth")
-    for metrics in ("fid", "is"):
-        line = refused("fid.py", samples, only, "--weights", tmp_path / "nan.pth", "--metrics", metrics)
-        assert "features are not finite" in line
-    assert "there is no folder" in refused("fid.py", samples, only, *weights, "--json", tmp_path / "no" / "out.json")
+    for words, said in (
+            ((only, *weights, "--metrics", "sfid"), "statistics for fid, is only"),
+            ((only, *weights, "--metrics", "fid", "recall"), "statistics for fid, is only"),
+            (weights, "give SAMPLES and REFERENCE"),
+            ((only, *weights, "--batch-size", 0), "--batch-size 0"),
+            ((tmp_path / "other.npz", *weights), "want those of 2048"),
+            ((tmp_path / "nan.npz", *weights), "not finite"),
+            ((only, "--weights", tmp_path / "broken.pth"), "does not fit"),
+            ((only, "--weights", tmp_path / "nan.pth", "--metrics", "fid"),
+             "features are not finite"),
+            ((only, "--weights", tmp_path / "nan.pth", "--metrics", "is"),
+             "features are not finite"),
+            ((only, *weights, "--json", tmp_path / "no" / "out.json"), "there is no folder")):
+        assert said in refused("fid.py", samples, *words)
     monkeypatch.setattr(fid, "INCEPTION", (f"{server}/inception.pth", None))
     line = refused("fid.py", samples, only)
     assert "inception.pth is not in" in line and "download" in line

@@ -494,13 +494,16 @@ def save_autoencoder(net, folder):
     net.vae.save_pretrained(folder)
 
 
+@torch.no_grad()
 def keep_statistics(autoencoder, data, count=16_384):
     """Mean and deviation of every channel of the latents, into the autoencoder's config, as
     diffusers has them."""
     rows = np.array_split(spread(len(data), count), world_size)[rank]
-    batches = (to_float(images) for images, _ in in_order(data, 8, rows))
-    mean, std = vae.latent_statistics(autoencoder, batches)
-    autoencoder.config.update(latents_mean=mean, latents_std=std)
+    posteriors = (autoencoder.encode(to_float(images)).latent_dist
+                  for images, _ in in_order(data, 8, rows))
+    batches = ((q.mean, q.std) for q in posteriors)                 # each (n, C, h, w)
+    mean, std = mean_and_deviation(batches, autoencoder.config["latent_channels"])
+    autoencoder.config.update(latents_mean=mean.tolist(), latents_std=std.tolist())
 
 
 # --------------------------------------------------------------------------------------------------
@@ -553,29 +556,33 @@ def encode_latents(cfg):
 
 def statistics(moments, scale):
     """Mean and deviation of every channel of z, lists of C numbers, from moments (flips, images,
-    2C, h, w): Var z = Var mean + E std^2, without drawing any z. In float64, about the mean of the
-    first images, so that no digits are lost where a mean is large. Scale "one": no mean and one
-    deviation for all, as Stable Diffusion has it."""
-    flips, images, channels = moments.shape[:3]
-    moments = moments.reshape(flips * images, channels, -1)         # (M, 2C, h w)
-    about = moments[:64, :channels // 2].astype(np.float64).mean((0, 2))  # (C,)
-    sums = torch.zeros(3, channels // 2, dtype=torch.float64)
+    2C, h, w). Scale "one": no mean and one deviation for all, as Stable Diffusion has it."""
+    moments = moments.reshape(-1, *moments.shape[2:])               # (M, 2C, h, w)
     blocks = np.array_split(np.arange(len(moments)), max(1, len(moments) // 256))
-    for rows in blocks[rank::world_size]:
-        mean, std = np.split(moments[rows].astype(np.float64), 2, axis=1)  # (m, C, h w)
-        mean = mean - about[:, None]
-        powers = np.stack([np.ones_like(mean), mean, mean ** 2 + std ** 2])
-        sums += torch.from_numpy(powers.sum((1, 3)))
-    if world_size > 1:
-        dist.all_reduce(sums := sums.to(device))
-    count, first, second = sums.cpu().numpy()                       # each (C,)
-    mean = first / count
-    deviation = np.sqrt(second / count - mean ** 2)
-    mean = mean + about
+    batches = (torch.from_numpy(moments[rows]).chunk(2, dim=1)      # each (m, C, h, w)
+               for rows in blocks[rank::world_size])
+    mean, deviation = mean_and_deviation(batches, moments.shape[1] // 2)
     if scale == "one":
         whole = np.sqrt((deviation ** 2 + mean ** 2).mean() - mean.mean() ** 2)
         mean, deviation = 0 * mean, 0 * deviation + whole
     return mean.tolist(), deviation.tolist()
+
+
+def mean_and_deviation(batches, channels):
+    """Of every channel of z, arrays (C,), from batches of (mean, std) of q(z | x), each
+    (n, C, h, w), of all processes: Var z = Var mean + E std^2, without drawing any z."""
+    sums = torch.zeros(4, channels, dtype=torch.float64)
+    for mean, std in batches:
+        mean = mean.double()                                        # the squares need its digits
+        std = std.double()
+        powers = torch.stack([torch.ones_like(mean), mean, mean ** 2, std ** 2])
+        sums += powers.sum((1, 3, 4)).cpu()                         # (4, C)
+    if world_size > 1:
+        dist.all_reduce(sums := sums.to(device))
+    count, first, second, noise = sums.cpu().numpy()                # each (C,)
+    mean = first / count
+    of_means = (second / count - mean ** 2).clip(0)                 # rounding may go below
+    return mean, np.sqrt(of_means + noise / count)
 
 
 class Latents:

@@ -1,13 +1,17 @@
 """The autoencoder of Stable Diffusion, the losses that train it, and its weights on disk.
 
-    moments = encoder(x);  q(z | x) = N(mean, exp(logvar));  z = mean + exp(logvar / 2) noise;  rec = decoder(z)
-    L = mse(rec, x) + w_p LPIPS(rec, x) + w_g L_gan + w_kl KL(q || N(0, 1))           (+ w_a L_align: align.py)
+    mean, logvar = encoder(x);  q(z | x) = N(mean, exp(logvar));  z = mean + exp(logvar / 2) noise
+    rec = decoder(z)
+    L = mse(rec, x) + w_p LPIPS(rec, x) + w_g L_gan + w_kl KL(q || N(0, 1))
 
-Rombach et al., "High-Resolution Image Synthesis with Latent Diffusion Models", arXiv 2112.10752; the GAN loss is that
-of Esser et al., arXiv 2012.09841; LPIPS is Zhang et al., arXiv 1801.03924. Module names, config.json and file names are
-those of diffusers.AutoencoderKL, so a folder written here loads there and the reverse; CompVis' .ckpt files load too.
+Rombach et al., "High-Resolution Image Synthesis with Latent Diffusion Models", arXiv 2112.10752;
+the GAN loss is that of Esser et al., arXiv 2012.09841; LPIPS is Zhang et al., arXiv 1801.03924.
+Module names, config.json and file names are those of diffusers.AutoencoderKL, so a folder written
+here loads there and the reverse; CompVis' .ckpt files load too.
 
-    x (N, 3, H, W) images in [-1, 1]     z (N, C, H / f, W / f) latents, f = 2^(levels - 1)
+    x, rec (N, 3, H, W) images in [-1, 1]      z (N, C, h, w) latents, h = H / f, w = W / f
+    level l = 0 ... L, fine to coarse: maps (N, D_l, H_l, W_l), H_l = H / 2^l, W_l likewise; f = 2^L
+    in a block H and W are those of its level; a map has D channels, or I going in and O coming out
 
     vae = AutoencoderKL.from_pretrained("folder")
     z = vae.encode(x).latent_dist.sample()
@@ -34,24 +38,27 @@ from torch.distributed.nn.functional import all_reduce
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Building blocks
 
+
 def fast_layout(x):
-    """x with its channels last in memory where that is faster: on a CPU, without gradients. With them it is slower, and
-    on an H100 too, where group norm wants the channels first: 31 images a second instead of 39 in training."""
+    """x (N, D, H, W): on a CPU without gradients its channels last in memory, else as it is."""
+    # CPU: encoder and decoder of a 256 px image 4.3 s instead of 5.1, on one thread; slower with
+    # gradients. H100: slower, group norm wants channels first; training 31 images a second, not 39.
     if x.device.type == "cpu" and not torch.is_grad_enabled():
         return x.contiguous(memory_format=torch.channels_last)
     return x
 
 
 def silu(x):
-    """x sigmoid(x), in place where no gradient will ask for x."""
-    return F.silu(x, inplace=not torch.is_grad_enabled())
+    """x sigmoid(x), in place where no gradients are kept."""
+    return F.silu(x, inplace=not torch.is_grad_enabled())           # no second map of this size
 
 
 class ResnetBlock(nn.Module):
-    """x + conv(silu(norm(conv(silu(norm(x)))))), with a 1x1 convolution on the shortcut where the channels change."""
+    """x + conv(silu(norm(conv(silu(norm(x)))))), (N, I, H, W) -> (N, O, H, W), with a 1x1
+    convolution on the shortcut where I and O differ."""
 
     def __init__(self, in_channels, out_channels, groups):
         super().__init__()
@@ -59,17 +66,20 @@ class ResnetBlock(nn.Module):
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.norm2 = nn.GroupNorm(groups, out_channels, eps=1e-6)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
-        self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
-        with torch.no_grad():
-            self.conv2.weight.mul_(0.01)           # from scratch, a block that begins near its shortcut trains faster
+        self.conv_shortcut = nn.Identity()
+        if in_channels != out_channels:
+            self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1)
+        with torch.no_grad():                                    # from scratch, a block that begins
+            self.conv2.weight.mul_(0.01)                           # near its shortcut trains faster
 
     def forward(self, x):
-        h = self.conv1(silu(self.norm1(x)))
-        return self.conv2(silu(self.norm2(h))).add_(self.conv_shortcut(x))
+        h = self.conv1(silu(self.norm1(x)))                         # (N, O, H, W)
+        h = self.conv2(silu(self.norm2(h)))                         # (N, O, H, W)
+        return h.add_(self.conv_shortcut(x))                        # (N, O, H, W), in place as silu
 
 
 class Attention(nn.Module):
-    """Single-head self-attention over the H W positions, with a residual."""
+    """Self-attention of one head over the H W positions, with a residual."""
 
     def __init__(self, channels, groups):
         super().__init__()
@@ -80,9 +90,13 @@ class Attention(nn.Module):
         self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
 
     def forward(self, x):
-        h = self.group_norm(x).flatten(2).transpose(1, 2)                        # (N, H W, C)
-        h = F.scaled_dot_product_attention(self.to_q(h)[:, None], self.to_k(h)[:, None], self.to_v(h)[:, None])[:, 0]
-        return x + self.to_out[0](h).transpose(1, 2).reshape(x.shape)
+        h = self.group_norm(x).flatten(2).transpose(1, 2)           # (N, H W, D)
+        q = self.to_q(h)[:, None]                                   # (N, 1, H W, D)
+        k = self.to_k(h)[:, None]                                   # (N, 1, H W, D)
+        v = self.to_v(h)[:, None]                                   # (N, 1, H W, D)
+        h = F.scaled_dot_product_attention(q, k, v)[:, 0]           # (N, H W, D)
+        h = self.to_out[0](h).transpose(1, 2)                       # (N, D, H W)
+        return x + h.reshape(x.shape)                               # (N, D, H, W)
 
 
 class Downsample(nn.Module):
@@ -93,7 +107,8 @@ class Downsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, stride=2)
 
     def forward(self, x):
-        return self.conv(F.pad(x, (0, 1, 0, 1)))
+        x = F.pad(x, (0, 1, 0, 1))                                  # (N, D, H + 1, W + 1)
+        return self.conv(x)                                         # (N, D, H / 2, W / 2)
 
 
 class Upsample(nn.Module):
@@ -104,16 +119,23 @@ class Upsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x):
-        # Both steps are one transposed convolution of stride 2, by the 3x3 kernel widened with a 2x2 box: each output
-        # pixel lies over 2x2 inputs, so that 4 / 9 of the products remain.
-        w = self.conv.weight                                                     # (O, I, 3, 3)
-        w = F.pad(w, (0, 1)) + F.pad(w, (1, 0))
-        w = F.pad(w, (0, 0, 0, 1)) + F.pad(w, (0, 0, 1, 0))                      # (O, I, 4, 4)
-        return F.conv_transpose2d(x, w.flip(2, 3).transpose(0, 1), self.conv.bias, stride=2, padding=1)
+        # As one reads it elsewhere:
+        #     x = F.interpolate(x, scale_factor=2, mode="nearest")    (N, D, 2H, 2W)
+        #     return self.conv(x)                                     (N, D, 2H, 2W)
+        # Both are one transposed convolution of stride 2, by the 3x3 kernel widened with a 2x2 box.
+        # Each output lies over 2x2 inputs, not 3x3: 4 / 9 of the products. The three upsamplings of
+        # a 256 px image take 0.48 s instead of 0.83, the whole decoder 2.7 s instead of 3.0 (one
+        # thread of an AMD EPYC, float32, no gradients).
+        w = self.conv.weight                                        # (O, I, 3, 3)
+        w = F.pad(w, (0, 1)) + F.pad(w, (1, 0))                     # (O, I, 3, 4)
+        w = F.pad(w, (0, 0, 0, 1)) + F.pad(w, (0, 0, 1, 0))         # (O, I, 4, 4)
+        w = w.flip(2, 3).transpose(0, 1)                            # (I, O, 4, 4)
+        return F.conv_transpose2d(x, w, self.conv.bias, stride=2, padding=1)  # (N, D, 2H, 2W)
 
 
 def through(modules, x, checkpointed):
-    """x through modules one by one; checkpointed: what lies inside them is computed again when gradients are."""
+    """x through modules one by one; checkpointed: the backward pass computes again what lies inside
+    them, instead of keeping it."""
     for module in modules:
         if checkpointed and torch.is_grad_enabled():
             x = checkpoint(module, x, use_reentrant=False, preserve_rng_state=False)
@@ -129,15 +151,16 @@ class Level(nn.Module):
 
     def __init__(self, in_channels, out_channels, num_layers, groups, down=False, up=False):
         super().__init__()
+        widths = [in_channels] + [out_channels] * num_layers
         self.resnets = nn.ModuleList(
-            ResnetBlock(in_channels if i == 0 else out_channels, out_channels, groups) for i in range(num_layers))
-        if down:
-            self.downsamplers = nn.ModuleList([Downsample(out_channels)])
-        if up:
-            self.upsamplers = nn.ModuleList([Upsample(out_channels)])
+            ResnetBlock(widths[i], widths[i + 1], groups) for i in range(num_layers))
+        self.downsamplers = nn.ModuleList([Downsample(out_channels)] if down else [])
+        self.upsamplers = nn.ModuleList([Upsample(out_channels)] if up else [])
 
     def forward(self, x):
-        return through([module for child in self.children() for module in child], x, self.checkpointed)
+        x = through(self.resnets, x, self.checkpointed)             # (N, O, H, W)
+        x = through(self.downsamplers, x, self.checkpointed)        # (N, O, H / 2, W / 2) if down
+        return through(self.upsamplers, x, self.checkpointed)       # (N, O, 2H, 2W) if up
 
 
 class MidBlock(nn.Module):
@@ -151,65 +174,81 @@ class MidBlock(nn.Module):
         self.resnets = nn.ModuleList([ResnetBlock(channels, channels, groups) for _ in range(2)])
 
     def forward(self, x):
-        return through((self.resnets[0], self.attentions[0], self.resnets[1]), x, self.checkpointed)
+        first, second = self.resnets
+        modules = (first, self.attentions[0], second)
+        return through(modules, x, self.checkpointed)               # (N, D, H, W)
 
 
 class Encoder(nn.Module):
-    """x (N, in_channels, H, W) -> (N, 2 latent_channels, H / f, W / f)."""
+    """Images x (N, in_channels, H, W) -> moments (N, 2C, h, w), before quant_conv."""
 
     def __init__(self, in_channels, latent_channels, channels, layers_per_block, groups):
         super().__init__()
         self.conv_in = nn.Conv2d(in_channels, channels[0], 3, padding=1)
-        self.down_blocks = nn.ModuleList(
-            Level(channels[max(0, i - 1)], c, layers_per_block, groups, down=i < len(channels) - 1)
-            for i, c in enumerate(channels))
-        self.mid_block = MidBlock(channels[-1], groups)
-        self.conv_norm_out = nn.GroupNorm(groups, channels[-1], eps=1e-6)
-        self.conv_out = nn.Conv2d(channels[-1], 2 * latent_channels, 3, padding=1)
+        self.down_blocks = nn.ModuleList()
+        width = channels[0]
+        for level, out in enumerate(channels):
+            down = level < len(channels) - 1
+            self.down_blocks.append(Level(width, out, layers_per_block, groups, down=down))
+            width = out
+        self.mid_block = MidBlock(width, groups)
+        self.conv_norm_out = nn.GroupNorm(groups, width, eps=1e-6)
+        self.conv_out = nn.Conv2d(width, 2 * latent_channels, 3, padding=1)
 
     def forward(self, x):
-        h = self.conv_in(fast_layout(x))
-        for block in self.down_blocks:
-            h = block(h)
-        return self.conv_out(silu(self.conv_norm_out(self.mid_block(h))))
+        h = self.conv_in(fast_layout(x))                            # (N, D_0, H, W)
+        for block in self.down_blocks:                              # l = 0 ... L
+            h = block(h)                                            # (N, D_l, H_l / 2, W_l / 2)
+        h = self.mid_block(h)                                       # (N, D_L, h, w): L halves not
+        h = silu(self.conv_norm_out(h))                             # (N, D_L, h, w)
+        return self.conv_out(h)                                     # (N, 2C, h, w)
 
 
 class Decoder(nn.Module):
-    """z (N, latent_channels, h, w) -> (N, out_channels, f h, f w). One more resnet a level than the encoder has."""
+    """Latents z (N, C, h, w), behind post_quant_conv, -> images (N, out_channels, H, W). One more
+    resnet a level than the encoder has."""
 
     def __init__(self, latent_channels, out_channels, channels, layers_per_block, groups):
         super().__init__()
-        channels = channels[::-1]
-        self.conv_in = nn.Conv2d(latent_channels, channels[0], 3, padding=1)
-        self.up_blocks = nn.ModuleList(
-            Level(channels[max(0, i - 1)], c, layers_per_block + 1, groups, up=i < len(channels) - 1)
-            for i, c in enumerate(channels))
-        self.mid_block = MidBlock(channels[0], groups)
-        self.conv_norm_out = nn.GroupNorm(groups, channels[-1], eps=1e-6)
-        self.conv_out = nn.Conv2d(channels[-1], out_channels, 3, padding=1)
+        width = channels[-1]
+        self.conv_in = nn.Conv2d(latent_channels, width, 3, padding=1)
+        self.up_blocks = nn.ModuleList()
+        for level in reversed(range(len(channels))):
+            out = channels[level]
+            self.up_blocks.append(Level(width, out, layers_per_block + 1, groups, up=level > 0))
+            width = out
+        self.mid_block = MidBlock(channels[-1], groups)
+        self.conv_norm_out = nn.GroupNorm(groups, width, eps=1e-6)
+        self.conv_out = nn.Conv2d(width, out_channels, 3, padding=1)
 
     def forward(self, z):
-        h = self.mid_block(self.conv_in(fast_layout(z)))
-        for block in self.up_blocks:
-            h = block(h)
-        return self.conv_out(silu(self.conv_norm_out(h)))
+        h = self.conv_in(fast_layout(z))                            # (N, D_L, h, w)
+        h = self.mid_block(h)                                       # (N, D_L, h, w)
+        for block in self.up_blocks:                                # l = L ... 0
+            h = block(h)                                            # (N, D_l, 2 H_l, 2 W_l)
+        h = silu(self.conv_norm_out(h))                             # (N, D_0, H, W): 0 doubles not
+        return self.conv_out(h)                                     # (N, 3, H, W)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Model
 
+
 class DiagonalGaussian:
-    """q(z | x) from moments (N, 2C, h, w): mean, and log variance clamped to [-30, 20], each (N, C, h, w)."""
+    """q(z | x) from moments (N, 2C, h, w): mean, and log variance clamped to [-30, 20], each
+    (N, C, h, w)."""
 
     def __init__(self, moments):
         self.mean, logvar = moments.chunk(2, dim=1)
         self.logvar = logvar.clamp(-30.0, 20.0)
-        self.std, self.var = torch.exp(0.5 * self.logvar), torch.exp(self.logvar)
+        self.std = torch.exp(0.5 * self.logvar)
+        self.var = torch.exp(self.logvar)
 
     def sample(self, generator=None):
         """One draw (N, C, h, w), made on the device of the generator."""
         device = self.mean.device if generator is None else generator.device
-        noise = torch.randn(self.mean.shape, generator=generator, dtype=self.mean.dtype, device=device)
+        noise = torch.randn(
+            self.mean.shape, generator=generator, dtype=self.mean.dtype, device=device)
         return self.mean + self.std * noise.to(self.mean.device)
 
     def mode(self):
@@ -217,41 +256,41 @@ class DiagonalGaussian:
         return self.mean
 
     def kl(self, other=None):
-        """KL(q || other) in nats, summed over C, h and w -> (N,); `other` is N(0, 1) where it is not given."""
+        """KL(q || other) in nats, summed over C, h and w -> (N,); `other` is N(0, 1) by default."""
         if other is None:
             return 0.5 * (self.mean.square() + self.var - 1.0 - self.logvar).sum(dim=(1, 2, 3))
-        distance = (self.mean - other.mean).square() / other.var
-        return 0.5 * (distance + self.var / other.var - 1.0 - self.logvar + other.logvar).sum(dim=(1, 2, 3))
+        distance = (self.mean - other.mean).square() / other.var    # (N, C, h, w)
+        ratio = self.var / other.var                                # (N, C, h, w)
+        return 0.5 * (distance + ratio - 1.0 - self.logvar + other.logvar).sum(dim=(1, 2, 3))
 
     def nll(self, z):
         """-log q(z) in nats, summed over C, h and w -> (N,)."""
-        return 0.5 * (math.log(2 * math.pi) + self.logvar + (z - self.mean).square() / self.var).sum(dim=(1, 2, 3))
+        distance = (z - self.mean).square() / self.var              # (N, C, h, w)
+        return 0.5 * (math.log(2 * math.pi) + self.logvar + distance).sum(dim=(1, 2, 3))
 
 
 class AutoencoderKL(nn.Module):
     """diffusers' AutoencoderKL; the defaults are Stable Diffusion's (83,653,863 parameters, f = 8).
 
-    `latents_mean` and `latents_std` (C numbers each) are statistics of the training data's latents, or None.
-    `encode` and `decode` never apply a scale; `normalize` and `denormalize` do.
+    `latents_mean` and `latents_std` (C numbers each) are statistics of the training data's latents,
+    or None. `encode` and `decode` never apply a scale; `normalize` and `denormalize` do.
     """
 
-    def __init__(self, in_channels=3, out_channels=3, block_out_channels=(128, 256, 512, 512), layers_per_block=2,
-                 latent_channels=4, norm_num_groups=32, sample_size=256, scaling_factor=0.18215,
-                 latents_mean=None, latents_std=None):
+    def __init__(self, in_channels=3, out_channels=3, block_out_channels=(128, 256, 512, 512),
+                 layers_per_block=2, latent_channels=4, norm_num_groups=32, sample_size=256,
+                 scaling_factor=0.18215, latents_mean=None, latents_std=None):
         super().__init__()
-        for channels in block_out_channels:
-            if norm_num_groups < 1 or channels % norm_num_groups:
-                raise ValueError(f"{channels} channels of a level are no multiple of norm_num_groups {norm_num_groups}")
-        for name, numbers in (("latents_mean", latents_mean), ("latents_std", latents_std)):
-            if numbers is not None and len(numbers) != latent_channels:
-                raise ValueError(f"{name} has {len(numbers)} numbers: want one for each of {latent_channels} channels")
-        channels = list(block_out_channels)
+        channels = list(block_out_channels)                         # D_0 ... D_L
         self.config = dict(
             in_channels=in_channels, out_channels=out_channels, block_out_channels=channels,
-            layers_per_block=layers_per_block, latent_channels=latent_channels, norm_num_groups=norm_num_groups,
-            sample_size=sample_size, scaling_factor=scaling_factor, latents_mean=latents_mean, latents_std=latents_std)
-        self.encoder = Encoder(in_channels, latent_channels, channels, layers_per_block, norm_num_groups)
-        self.decoder = Decoder(latent_channels, out_channels, channels, layers_per_block, norm_num_groups)
+            layers_per_block=layers_per_block, latent_channels=latent_channels,
+            norm_num_groups=norm_num_groups, sample_size=sample_size,
+            scaling_factor=scaling_factor, latents_mean=latents_mean, latents_std=latents_std)
+        check_config(self.config)
+        self.encoder = Encoder(
+            in_channels, latent_channels, channels, layers_per_block, norm_num_groups)
+        self.decoder = Decoder(
+            latent_channels, out_channels, channels, layers_per_block, norm_num_groups)
         self.quant_conv = nn.Conv2d(2 * latent_channels, 2 * latent_channels, 1)
         self.post_quant_conv = nn.Conv2d(latent_channels, latent_channels, 1)
 
@@ -261,51 +300,56 @@ class AutoencoderKL(nn.Module):
         return 2 ** (len(self.config["block_out_channels"]) - 1)
 
     def enable_gradient_checkpointing(self):
-        """Keep only the inputs of every block for the backward pass: less memory, one more forward pass."""
+        """Keep only the inputs of every block for the backward pass: less memory, one more forward
+        pass."""
         for module in self.modules():
             if isinstance(module, (Level, MidBlock)):
                 module.checkpointed = True
 
     def encode(self, x):
-        """x (N, 3, H, W) in [-1, 1] -> object with `latent_dist`, a DiagonalGaussian. Raises ValueError for what is no
-        such image: another number of channels, integers, H or W that f does not divide, values beyond +-10."""
-        channels, f = self.config["in_channels"], self.factor
-        if x.ndim != 4 or x.shape[1] != channels or x.shape[2] % f or x.shape[3] % f or not x.numel():
-            raise ValueError(f"images of shape {tuple(x.shape)}: want (N, {channels}, H, W), H and W multiples of {f}")
-        if not x.is_floating_point():
-            raise ValueError(f"images of {x.dtype}: want floats in [-1, 1], for example x.float() / 127.5 - 1")
-        largest = x.detach().abs().amax().item()
-        if not largest <= 10:                                                    # nan too
-            raise ValueError(f"images with values up to {largest:g}: want [-1, 1]; were they scaled from [0, 255]?")
-        return SimpleNamespace(latent_dist=DiagonalGaussian(self.quant_conv(self.encoder(x))))
+        """x (N, 3, H, W) in [-1, 1] -> object with `latent_dist`, a DiagonalGaussian. Raises
+        ValueError for what is no such image (`check_images`)."""
+        check_images(x, self.config["in_channels"], self.factor)
+        moments = self.quant_conv(self.encoder(x))                  # (N, 2C, h, w)
+        return SimpleNamespace(latent_dist=DiagonalGaussian(moments))
 
     def decode(self, z):
-        """z (N, C, h, w) -> object with `sample`, images (N, 3, f h, f w), about [-1, 1]."""
-        if z.ndim != 4 or z.shape[1] != self.config["latent_channels"]:
-            raise ValueError(f"latents of shape {tuple(z.shape)}: want (N, {self.config['latent_channels']}, h, w)")
-        return SimpleNamespace(sample=self.decoder(self.post_quant_conv(z)))
+        """z (N, C, h, w) -> object with `sample`, images (N, 3, H, W), about [-1, 1]. Raises
+        ValueError for another shape."""
+        check_latents(z, self.config["latent_channels"])
+        rec = self.decoder(self.post_quant_conv(z))                 # (N, 3, H, W)
+        return SimpleNamespace(sample=rec)
 
     def forward(self, x, noise=None):
-        """x -> (rec, posterior, z) with z = mean + std noise: all that the loss needs, in one call that DDP can wrap.
+        """x -> (rec, posterior, z) with z = mean + std noise: all that the loss needs, in one call
+        that DDP can wrap. `noise` (N, C, h, w) is drawn where it is not given.
 
-        `noise` (N, C, h, w) is drawn where it is not given. x is not looked at, which would wait for the device.
+        The values of x are not checked, which would wait for the device.
         """
-        moments = self.quant_conv(self.encoder(x))
-        posterior = DiagonalGaussian(moments.to(torch.promote_types(moments.dtype, torch.float32)))  # long sums follow
-        z = posterior.sample() if noise is None else posterior.mean + posterior.std * noise
-        return self.decode(z).sample, posterior, z
+        moments = self.quant_conv(self.encoder(x))                  # (N, 2C, h, w)
+        wide = torch.promote_types(moments.dtype, torch.float32)    # not bfloat16: long sums follow
+        posterior = DiagonalGaussian(moments.to(wide))              # mean, std (N, C, h, w)
+        if noise is None:
+            z = posterior.sample()                                  # (N, C, h, w)
+        else:
+            z = posterior.mean + posterior.std * noise              # (N, C, h, w)
+        return self.decode(z).sample, posterior, z                  # (N, 3, H, W), q, (N, C, h, w)
 
     def statistics(self, like):
-        """(mean, std) of latents, for broadcasting: of the training data's where they are known, per channel; else
-        diffusers' shift_factor, mostly absent, and 1 / scaling_factor."""
+        """(mean, std) of latents, for broadcasting: the training data's per channel where they are
+        known, else diffusers' shift_factor, mostly absent, and 1 / scaling_factor."""
         mean, std = self.config["latents_mean"], self.config["latents_std"]
         if mean is None:
             shift = self.config.get("shift_factor") or 0.0
-            return like.new_full((1,), shift), like.new_full((1,), 1 / self.config["scaling_factor"])
-        return like.new_tensor(mean).view(1, -1, 1, 1), like.new_tensor(std).view(1, -1, 1, 1)
+            std = 1 / self.config["scaling_factor"]
+            return like.new_full((1,), shift), like.new_full((1,), std)  # (1,), (1,)
+        mean = like.new_tensor(mean).view(1, -1, 1, 1)              # (1, C, 1, 1)
+        std = like.new_tensor(std).view(1, -1, 1, 1)                # (1, C, 1, 1)
+        return mean, std
 
     def normalize(self, z):
-        """Latents of the autoencoder -> latents of mean 0 and standard deviation 1, for the diffusion model."""
+        """Latents of the autoencoder -> latents of mean 0 and standard deviation 1, for the
+        diffusion model."""
         mean, std = self.statistics(z)
         return (z - mean) / std
 
@@ -314,151 +358,133 @@ class AutoencoderKL(nn.Module):
         mean, std = self.statistics(z)
         return z * std + mean
 
-    def save_pretrained(self, folder):
-        """Write config.json and diffusion_pytorch_model.safetensors as diffusers reads them."""
-        folder, levels = Path(folder), len(self.config["block_out_channels"])
-        folder.mkdir(parents=True, exist_ok=True)
-        config = {"_class_name": "AutoencoderKL", "act_fn": "silu",
-                  "down_block_types": ["DownEncoderBlock2D"] * levels, "up_block_types": ["UpDecoderBlock2D"] * levels}
-        config.update(self.config)
-        save_safetensors(self.state_dict(), folder / "diffusion_pytorch_model.safetensors")
-        with atomic_file(folder / "config.json") as file:
-            file.write((json.dumps(config, indent=2) + "\n").encode())
-
     @classmethod
     def from_pretrained(cls, path):
-        """Read a folder of diffusers' layout, or one file of weights (CompVis' .ckpt or another) whose shapes tell the
-        configuration. Raises FileNotFoundError or ValueError that says what is missing or wrong."""
-        path, config = Path(path), None
-        if not path.is_file():
-            config, path = read_config(path / "config.json"), path / "diffusion_pytorch_model.safetensors"
-            path = path if path.is_file() else path.with_suffix(".bin")
-        weights = diffusers_names(load_weights(path))
-        config = config or config_of(weights, path)
-        model = cls(**{k: v for k, v in config.items() if k in inspect.signature(cls).parameters})
-        model.config = {**config, **model.config}                                # keys unknown here are kept
-        load_strict(model, weights, path)
+        """Read a folder of diffusers' layout, or one file of weights (CompVis' .ckpt or another)
+        whose shapes tell the configuration. Raises FileNotFoundError or ValueError that says what
+        is missing or wrong."""
+        config, weights, source = read_autoencoder(Path(path))
+        known = inspect.signature(cls).parameters
+        model = cls(**{name: value for name, value in config.items() if name in known})
+        model.config = {**config, **model.config}                   # what is unknown here is kept
+        load_strict(model, weights, source)
         return model.eval()
 
-
-@torch.no_grad()
-def latent_statistics(autoencoder, batches):
-    """Mean and standard deviation of every channel (lists of C numbers) of the latents of batches of images (N, 3, H,
-    W), over all processes: each gives its own batches."""
-    device = autoencoder.quant_conv.weight.device
-    sums = torch.zeros(3, autoencoder.config["latent_channels"], dtype=torch.float64, device=device)
-    for x in batches:
-        posterior = autoencoder.encode(x).latent_dist
-        # E[z^2] = E[mean^2 + var]: the statistics of samples, without drawing any
-        moments = torch.ones_like(posterior.mean), posterior.mean, posterior.mean.square() + posterior.var
-        sums += torch.stack(moments).double().sum(dim=(1, 3, 4))                 # (3, C)
-    if dist.is_initialized():
-        dist.all_reduce(sums)
-    mean = sums[1] / sums[0]
-    return mean.tolist(), (sums[2] / sums[0] - mean.square()).sqrt().tolist()
+    def save_pretrained(self, folder):
+        """Write config.json and diffusion_pytorch_model.safetensors as diffusers reads them."""
+        write_autoencoder(self.state_dict(), self.config, Path(folder))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Losses
 
-class LPIPS(nn.Module):
-    """Perceptual distance of images x and y (N, 3, H, W) in [-1, 1] -> (N,), never trained; H and W at least 16.
 
-    Features of five stages of VGG16, each normalised along its channels; squared differences, weighted by `lin`, are
-    averaged over positions and summed over stages. `vgg` and `lin` are the published files vgg16-397923af.pth
-    (torchvision) and vgg.pth (LPIPS v0.1). The dropout in front of `lin`, which does nothing in eval mode, does not
-    exist here: inside a model in train mode it would be on.
+class LPIPS(nn.Module):
+    """Perceptual distance of images x and y (N, 3, H, W) in [-1, 1] -> (N,), never trained; H and W
+    at least 16.
+
+    Features of five stages of VGG16, each of unit length along its channels; their squared
+    differences, weighted by `lin`, are averaged over positions and summed over stages. `vgg` and
+    `lin` are the published files vgg16-397923af.pth (torchvision) and vgg.pth (LPIPS v0.1).
     """
 
-    STAGES = ((0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28))        # torchvision's numbers of the layers
-    CHANNELS = (64, 128, 256, 512, 512)
+    STAGES = ((0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28))  # torchvision's numbers
+    CHANNELS = (64, 128, 256, 512, 512)                             # D of the stages
 
     def __init__(self, vgg=None, lin=None):
         super().__init__()
-        width, features = 3, {}
+        self.features = nn.ModuleDict()
+        width = 3
         for stage, channels in zip(self.STAGES, self.CHANNELS):
             for index in stage:
-                features[str(index)] = nn.Conv2d(width, channels, 3, padding=1)
+                self.features[str(index)] = nn.Conv2d(width, channels, 3, padding=1)
                 width = channels
-        self.features = nn.ModuleDict(features)
+        # no dropout in front of `lin`: it does nothing in eval mode, but in a model in train mode
+        # it would be on
         self.lin = nn.ModuleList(nn.Conv2d(c, 1, 1, bias=False) for c in self.CHANNELS)
-        self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188]).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450]).view(1, 3, 1, 1), persistent=False)
-        if vgg is not None:
-            weights = load_weights(vgg)
-            load_strict(self.features, {k[9:]: v for k, v in weights.items() if k.startswith("features.")}, vgg)
-        if lin is not None:
-            weights = load_weights(lin)
-            load_strict(self.lin, {k[3:].replace("model.1.", ""): v for k, v in weights.items()}, lin)
+        shift = torch.tensor([-0.030, -0.088, -0.188]).view(1, 3, 1, 1)
+        scale = torch.tensor([0.458, 0.448, 0.450]).view(1, 3, 1, 1)
+        self.register_buffer("shift", shift, persistent=False)
+        self.register_buffer("scale", scale, persistent=False)
+        load_lpips(self, vgg, lin)
         self.requires_grad_(False)
 
     @classmethod
     def from_published(cls):
         """LPIPS with the published weights, fetched on first use."""
-        return cls(fetch("https://download.pytorch.org/models/vgg16-397923af.pth",
-                         "397923af8e79cdbb6a7127f12361acd7a2f83e06b05044ddf496e83de57a5bf0"),
-                   fetch("https://github.com/richzhang/PerceptualSimilarity/raw/master/lpips/weights/v0.1/vgg.pth",
-                         "a78928a0af1e5f0fcb1f3b9e8f8c3a2a5a3de244d830ad5c1feddc79b8432868")).eval()
+        return cls(fetch(*VGG16), fetch(*LPIPS_LIN)).eval()
 
     def stages(self, x):
-        """Five maps of unit-length features, fine to coarse."""
-        h, maps = fast_layout((x - self.shift) / self.scale), []
+        """Five maps (N, D_i, H_i, W_i) of features of unit length; H_i = H / 2^i."""
+        h = fast_layout((x - self.shift) / self.scale)              # (N, 3, H, W)
+        maps = []
         for i, stage in enumerate(self.STAGES):
-            h = h if i == 0 else F.max_pool2d(h, 2)
+            if i > 0:
+                h = F.max_pool2d(h, 2)                              # (N, D_i, H_i, W_i)
             for index in stage:
-                h = F.relu(self.features[str(index)](h))
-            full = h.to(torch.promote_types(h.dtype, torch.float32))             # bfloat16 is too coarse from here on
-            length = (full.square().sum(1, keepdim=True) + 1e-20).sqrt()         # inside the root: no nan gradient at 0
-            maps.append(full / (length + 1e-10))
+                h = F.relu(self.features[str(index)](h))            # (N, D_i, H_i, W_i)
+            wide = torch.promote_types(h.dtype, torch.float32)      # bfloat16 is too coarse below
+            full = h.to(wide)                                       # (N, D_i, H_i, W_i)
+            square = full.square().sum(1, keepdim=True)             # (N, 1, H_i, W_i)
+            length = (square + 1e-20).sqrt()                        # no nan in the gradient at 0
+            maps.append(full / (length + 1e-10))                    # (N, D_i, H_i, W_i)
         return maps
 
     def by_stage(self, x, y):
         """The five addends (N, 5) of the distance, fine to coarse."""
-        terms = [((fx - fy).square() * lin.weight).sum(1).mean(dim=(1, 2))       # lin (1, C, 1, 1)
-                 for fx, fy, lin in zip(self.stages(x), self.stages(y), self.lin)]
-        return torch.stack(terms, dim=1)
+        terms = []
+        for fx, fy, lin in zip(self.stages(x), self.stages(y), self.lin):
+            weighted = (fx - fy).square() * lin.weight              # (N, D_i, H_i, W_i)
+            terms.append(weighted.sum(1).mean(dim=(1, 2)))          # (N,)
+        return torch.stack(terms, dim=1)                            # (N, 5)
 
     def forward(self, x, y):
-        return self.by_stage(x, y).sum(1)
+        return self.by_stage(x, y).sum(1)                           # (N,)
 
 
 def mean_over_processes(x):
     """x, of equal shape on all processes, averaged over them; gradients flow back to all."""
-    if not dist.is_initialized() or x.is_meta:                                   # on meta there are no numbers to send
+    if not dist.is_initialized() or x.is_meta:                    # on meta there is nothing to send
         return x
     return all_reduce(x.clone()) / dist.get_world_size()
 
 
 class BatchNorm2d(nn.BatchNorm2d):
-    """Batch norm by the images of all processes, so that N of them train as one does with all images. nn.SyncBatchNorm
-    does that on GPUs only."""
+    """Batch norm by the images of all processes, so that N of them train as one does with all
+    images. nn.SyncBatchNorm does that on GPUs only."""
 
     def forward(self, x):
         if not (self.training and dist.is_initialized()):
-            return super().forward(x)
-        full = x.to(torch.promote_types(x.dtype, torch.float32))
-        mean = mean_over_processes(full.mean((0, 2, 3)))
-        var = mean_over_processes((full - mean[:, None, None]).square().mean((0, 2, 3)))
+            return super().forward(x)                               # (N, D, H, W)
+        full = x.to(torch.promote_types(x.dtype, torch.float32))    # (N, D, H, W)
+        mean = mean_over_processes(full.mean((0, 2, 3)))            # (D,)
+        square = (full - mean[:, None, None]).square()              # (N, D, H, W)
+        var = mean_over_processes(square.mean((0, 2, 3)))           # (D,)
         with torch.no_grad():
-            n = dist.get_world_size() * x.numel() / x.shape[1]
+            n = dist.get_world_size() * x.numel() / x.shape[1]      # numbers of a channel
             self.num_batches_tracked += 1
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(var * n / (n - 1), self.momentum)             # unbiased, as nn.BatchNorm2d keeps it
-        scale = self.weight * (var + self.eps).rsqrt()
-        return ((full - mean[:, None, None]) * scale[:, None, None] + self.bias[:, None, None]).to(x.dtype)
+            self.running_mean.lerp_(mean, self.momentum)            # (D,)
+            self.running_var.lerp_(var * n / (n - 1), self.momentum)  # (D,), unbiased as torch's
+        scale = self.weight * (var + self.eps).rsqrt()              # (D,)
+        normed = (full - mean[:, None, None]) * scale[:, None, None]  # (N, D, H, W)
+        return (normed + self.bias[:, None, None]).to(x.dtype)      # (N, D, H, W)
 
 
 class PatchDiscriminator(nn.Module):
-    """PatchGAN: images (N, C, H, W) -> logits (N, 1, h, w), one an overlapping patch (Isola et al., 1611.07004)."""
+    """PatchGAN (Isola et al., arXiv 1611.07004): images (N, in_channels, H, W) -> logits, one for
+    each of (H / 8 - 2) x (W / 8 - 2) overlapping patches where n_layers is 3."""
 
     def __init__(self, in_channels=3, ndf=64, n_layers=3):
         super().__init__()
-        widths = [ndf * min(2 ** i, 8) for i in range(n_layers + 1)]
         layers = [nn.Conv2d(in_channels, ndf, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
+        width = ndf
         for i in range(1, n_layers + 1):
-            layers += [nn.Conv2d(widths[i - 1], widths[i], 4, stride=2 if i < n_layers else 1, padding=1, bias=False),
-                       BatchNorm2d(widths[i]), nn.LeakyReLU(0.2)]
-        self.main = nn.Sequential(*layers, nn.Conv2d(widths[-1], 1, 4, padding=1))
+            out = ndf * min(2 ** i, 8)
+            stride = 2 if i < n_layers else 1
+            conv = nn.Conv2d(width, out, 4, stride=stride, padding=1, bias=False)
+            layers += [conv, BatchNorm2d(out), nn.LeakyReLU(0.2)]
+            width = out
+        self.main = nn.Sequential(*layers, nn.Conv2d(width, 1, 4, padding=1))
         for module in self.main:
             if isinstance(module, nn.Conv2d):
                 nn.init.normal_(module.weight, 0.0, 0.02)
@@ -466,7 +492,7 @@ class PatchDiscriminator(nn.Module):
                 nn.init.normal_(module.weight, 1.0, 0.02)
 
     def forward(self, x):
-        return self.main(x)
+        return self.main(x)                                         # (N, 1, H / 8 - 2, W / 8 - 2)
 
 
 def hinge_d_loss(logits_real, logits_fake):
@@ -480,34 +506,42 @@ def hinge_g_loss(logits_fake):
 
 
 def adaptive_weight(reference, loss, weight):
-    """||d reference / d weight|| / ||d loss / d weight||, at most 1e4: `loss` shall pull as hard as `reference`. Both
-    are averages over the images of all processes."""
-    gradients = [torch.autograd.grad(part, weight, retain_graph=True)[0] for part in (reference, loss)]
-    g_reference, g_loss = mean_over_processes(torch.stack(gradients))
+    """||d reference / d weight|| / ||d loss / d weight||, at most 1e4: `loss` shall pull as hard as
+    `reference`. Both are averages over the images of all processes."""
+    g_reference = torch.autograd.grad(reference, weight, retain_graph=True)[0]
+    g_loss = torch.autograd.grad(loss, weight, retain_graph=True)[0]
+    g_reference, g_loss = mean_over_processes(torch.stack([g_reference, g_loss]))
     return (g_reference.norm() / (g_loss.norm() + 1e-4)).clamp(max=1e4).detach()
 
 
-def autoencoder_loss(x, rec, posterior, *, pixel_loss="mse", kl_weight=1e-6, perceptual_weight=0.0, lpips=None,
-                     disc_weight=0.0, disc_start=0, step=0, discriminator=None, last_layer=None):
-    """Total loss of the autoencoder and a dict of its parts, detached scalars: mse or l1, kl, lpips, gan, d_weight.
+def autoencoder_loss(x, rec, posterior, *, pixel_loss="mse", kl_weight=1e-6, perceptual_weight=0.0,
+                     lpips=None, disc_weight=0.0, disc_start=0, step=0, discriminator=None,
+                     last_layer=None):
+    """Total loss of the autoencoder and a dict of its parts, detached scalars: mse or l1, kl,
+    lpips, gan, d_weight.
 
-        nll   = pixel_loss(x, rec) + perceptual_weight lpips        averages over batch, channels and pixels
-        total = nll + kl_weight kl + disc_weight w gan              kl: summed over a latent, averaged over the batch
+        nll   = pixel_loss(x, rec) + perceptual_weight lpips
+        total = nll + kl_weight kl + disc_weight w gan
 
-    w is `adaptive_weight` of nll against gan at `last_layer`, the weight of the decoder's last convolution. The GAN
-    comes in at step disc_start; before, the discriminator is not called. "gan" in the parts tells whether it is on.
+    nll is an average over batch, channels and pixels; kl is summed over a latent, averaged over the
+    batch. w is `adaptive_weight` of nll against gan at `last_layer`, the weight of the decoder's
+    last convolution. The GAN comes in at step disc_start; before, the discriminator is not called.
+    "gan" in the parts tells whether it is on.
 
-    CompVis' LPIPSWithDiscriminator sums nll over the D = 3HW numbers of an image, LPIPS counted D times. Its total is
-    D times this one with pixel_loss "l1", its perceptual_weight and disc_weight, and kl_weight = its kl_weight / D (for
-    1e-6 at 256 px: 5e-12). Its log variance s, never trained there and 0 by default, makes that kl_weight exp(s) times
-    as large. Its limit of 1e4 for w is 1e4 / D here.
+    CompVis' LPIPSWithDiscriminator sums nll over the D = 3HW numbers of an image, LPIPS counted D
+    times. Its total is D times this one with pixel_loss "l1", its perceptual_weight and
+    disc_weight, and kl_weight = its kl_weight / D (for 1e-6 at 256 px: 5e-12). Its log variance s,
+    never trained there and 0 by default, makes that kl_weight exp(s) times as large. Its limit of
+    1e4 for w is 1e4 / D here.
     """
     pixel = {"mse": F.mse_loss, "l1": F.l1_loss}[pixel_loss](rec, x)
     kl = posterior.kl().mean()
-    nll, parts = pixel, {pixel_loss: pixel.detach(), "kl": kl.detach()}
+    parts = {pixel_loss: pixel.detach(), "kl": kl.detach()}
+    nll = pixel
     if perceptual_weight:
         distance = lpips(rec, x).mean()
-        nll, parts["lpips"] = nll + perceptual_weight * distance, distance.detach()
+        nll = nll + perceptual_weight * distance
+        parts["lpips"] = distance.detach()
     total = nll + kl_weight * kl
     if disc_weight and step >= disc_start:
         gan = hinge_g_loss(discriminator(rec))
@@ -517,41 +551,357 @@ def autoencoder_loss(x, rec, posterior, *, pixel_loss="mse", kl_weight=1e-6, per
     return total, parts
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Measures of a reconstruction
 
+
 def psnr(x, y):
-    """Peak signal-to-noise ratio in dB of images x and y (N, 3, H, W) in [-1, 1] -> (N,); infinite where they agree."""
-    return 10 * torch.log10(4 / (x - y).square().mean(dim=(1, 2, 3)))            # 2 is the range of [-1, 1]
+    """Peak signal-to-noise ratio in dB of images x and y (N, 3, H, W) in [-1, 1] -> (N,); infinite
+    where they agree."""
+    mse = (x - y).square().mean(dim=(1, 2, 3))                      # (N,)
+    return 10 * torch.log10(4 / mse)                                # (N,); 4 = 2^2, 2 is the range
 
 
 def ssim(x, y):
-    """Structural similarity of images x and y (N, 3, H, W) in [-1, 1] -> (N,), averaged over channels and positions.
+    """Structural similarity of images x and y (N, 3, H, W) in [-1, 1] -> (N,), averaged over
+    channels and positions.
 
-    Wang et al., 2004: Gaussian windows of 11 x 11 and deviation 1.5 that lie within the image, K1 = 0.01, K2 = 0.03.
-    Raises ValueError for images that hold no such window.
+    Wang et al., 2004: Gaussian windows of 11 x 11 and deviation 1.5 that lie within the image,
+    K1 = 0.01, K2 = 0.03. Raises ValueError for images that hold no such window.
     """
-    if min(x.shape[-2:]) < 11:
-        raise ValueError(f"images of shape {tuple(x.shape)}: SSIM wants at least 11 x 11 pixels")
-    window = torch.exp(-(torch.arange(11, device=x.device, dtype=x.dtype) - 5).square() / (2 * 1.5 ** 2))
-    window = (window / window.sum()).expand(x.shape[1], 1, 1, 11)
+    check_window(x, 11)
+    distance = torch.arange(11, device=x.device, dtype=x.dtype) - 5  # (11,)
+    window = torch.exp(-distance.square() / (2 * 1.5 ** 2))         # (11,)
+    window = (window / window.sum()).expand(x.shape[1], 1, 1, 11)   # (3, 1, 1, 11)
 
     def blur(image):
-        image = F.conv2d(image, window, groups=len(window))
-        return F.conv2d(image, window.transpose(2, 3), groups=len(window))
+        image = F.conv2d(image, window, groups=len(window))         # (N, 3, H, W - 10)
+        return F.conv2d(image, window.transpose(2, 3), groups=len(window))  # (N, 3, H - 10, W - 10)
 
-    mx, my = blur(x), blur(y)
-    vx, vy, cov = blur(x * x) - mx * mx, blur(y * y) - my * my, blur(x * y) - mx * my
-    c1, c2 = (0.01 * 2) ** 2, (0.03 * 2) ** 2                                    # 2 is the range of [-1, 1]
-    return ((2 * mx * my + c1) * (2 * cov + c2) / ((mx * mx + my * my + c1) * (vx + vy + c2))).mean(dim=(1, 2, 3))
+    mx = blur(x)                                                    # all (N, 3, H - 10, W - 10)
+    my = blur(y)
+    vx = blur(x * x) - mx * mx
+    vy = blur(y * y) - my * my
+    cov = blur(x * y) - mx * my
+    c1 = (0.01 * 2) ** 2                                            # 2 is the range of [-1, 1]
+    c2 = (0.03 * 2) ** 2
+    above = (2 * mx * my + c1) * (2 * cov + c2)
+    below = (mx * mx + my * my + c1) * (vx + vy + c2)
+    return (above / below).mean(dim=(1, 2, 3))                      # (N,)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Weights on disk
+# --------------------------------------------------------------------------------------------------
+# Argument checks: each raises ValueError with the value, and what is wanted
 
-SAFETENSORS_TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-                     "F8_E5M2": torch.float8_e5m2, "F8_E4M3": torch.float8_e4m3fn, "I64": torch.int64,
-                     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
+
+def check_config(config):
+    for channels in config["block_out_channels"]:
+        groups = config["norm_num_groups"]
+        if groups < 1 or channels % groups:
+            raise ValueError(
+                f"{channels} channels of a level are no multiple of norm_num_groups {groups}")
+    for name in ("latents_mean", "latents_std"):
+        numbers, want = config[name], config["latent_channels"]
+        if numbers is not None and len(numbers) != want:
+            raise ValueError(
+                f"{name} has {len(numbers)} numbers: want one for each of {want} channels")
+
+
+def check_images(x, channels, factor):
+    """Refuses another number of channels, integers, H or W that f does not divide, no image at all,
+    and values beyond +-10."""
+    shape = tuple(x.shape)
+    fits = len(shape) == 4 and shape[1] == channels and x.numel() > 0
+    if not fits or shape[2] % factor or shape[3] % factor:
+        raise ValueError(f"images of shape {shape}: want (N, {channels}, H, W), "
+                         f"H and W multiples of {factor}")
+    if not x.is_floating_point():
+        raise ValueError(
+            f"images of {x.dtype}: want floats in [-1, 1], for example x.float() / 127.5 - 1")
+    largest = x.detach().abs().amax().item()
+    if not largest <= 10:                                           # nan too
+        raise ValueError(f"images with values up to {largest:g}: want [-1, 1]; "
+                         "were they scaled from [0, 255]?")
+
+
+def check_latents(z, channels):
+    if z.ndim != 4 or z.shape[1] != channels:
+        raise ValueError(f"latents of shape {tuple(z.shape)}: want (N, {channels}, h, w)")
+
+
+def check_window(x, size):
+    if min(x.shape[-2:]) < size:
+        raise ValueError(
+            f"images of shape {tuple(x.shape)}: SSIM wants at least {size} x {size} pixels")
+
+
+# --------------------------------------------------------------------------------------------------
+# Weights on disk: an autoencoder's folder, and the names that its weights had before
+
+
+def read_autoencoder(path):
+    """Config, state dict under today's names, and the path of the weights, from a folder of
+    diffusers' layout or one file of weights. Raises FileNotFoundError or ValueError."""
+    if path.is_file():
+        weights = diffusers_names(load_weights(path))
+        return config_of(weights, path), weights, path
+    config = read_config(path / "config.json")
+    source = path / "diffusion_pytorch_model.safetensors"
+    if not source.is_file():
+        source = source.with_suffix(".bin")
+    return config, diffusers_names(load_weights(source)), source
+
+
+def write_autoencoder(weights, config, folder):
+    """config.json and weights as diffusers reads them; config.json last: where it is, all is."""
+    folder.mkdir(parents=True, exist_ok=True)
+    levels = len(config["block_out_channels"])
+    config = {
+        "_class_name": "AutoencoderKL",
+        "act_fn": "silu",
+        "down_block_types": ["DownEncoderBlock2D"] * levels,
+        "up_block_types": ["UpDecoderBlock2D"] * levels,
+        **config,
+    }
+    save_safetensors(weights, folder / "diffusion_pytorch_model.safetensors")
+    with atomic_file(folder / "config.json") as file:
+        file.write((json.dumps(config, indent=2) + "\n").encode())
+
+
+def read_config(path):
+    """diffusers' config.json as a dict. Raises FileNotFoundError, or ValueError for what
+    AutoencoderKL cannot build."""
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path} not found: want a folder in diffusers' layout, or one file of weights")
+    try:
+        config = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON ({error}): fetch the file anew") from None
+    if not isinstance(config, dict) or not config.get("block_out_channels"):
+        raise ValueError(
+            f"{path} has no block_out_channels: want the config.json of an AutoencoderKL")
+    if (config.get("latents_mean") is None) != (config.get("latents_std") is None):
+        raise ValueError(
+            f"{path}: of latents_mean and latents_std one is missing: give both or neither")
+    built = {
+        "act_fn": "silu",
+        "mid_block_add_attention": True,
+        "use_quant_conv": True,
+        "use_post_quant_conv": True,
+    }
+    for name, value in built.items():
+        if config.get(name, value) != value:
+            raise ValueError(
+                f"{path}: {name} is {config[name]!r}, and only {value!r} is built here")
+    blocks = {"down_block_types": "DownEncoderBlock2D", "up_block_types": "UpDecoderBlock2D"}
+    for name, value in blocks.items():
+        if set(config.get(name) or [value]) != {value}:
+            raise ValueError(f"{path}: {name} is {config[name]}, and only {value} is built here")
+    return config
+
+
+def config_of(weights, path):
+    """AutoencoderKL's arguments from the shapes of a state dict. The groups of the norms leave no
+    trace there: 32, as in every autoencoder of CompVis. Raises ValueError where this is no
+    autoencoder."""
+    pattern = r"encoder\.down_blocks\.(\d+)\.resnets\.(\d+)\.conv1\.weight"
+    resnets = [found.groups() for name in weights if (found := re.fullmatch(pattern, name))]
+    try:
+        levels = 1 + max(int(level) for level, _ in resnets)
+        layers = 1 + max(int(layer) for _, layer in resnets)
+        first = [f"encoder.down_blocks.{i}.resnets.0.conv1.weight" for i in range(levels)]
+        return dict(
+            in_channels=weights["encoder.conv_in.weight"].shape[1],
+            out_channels=weights["decoder.conv_out.weight"].shape[0],
+            block_out_channels=[weights[name].shape[0] for name in first],
+            layers_per_block=layers,
+            latent_channels=weights["post_quant_conv.weight"].shape[1])
+    except (KeyError, ValueError, IndexError):
+        raise ValueError(f"{path} holds no autoencoder: want weights under the names of diffusers "
+                         "or CompVis") from None
+
+
+OLD_NAMES = (                                                      # CompVis', then diffusers' first
+    (r"norm_out\.", r"conv_norm_out."),
+    (r"nin_shortcut\.", r"conv_shortcut."),
+    (r"down\.(\d+)\.block\.", r"down_blocks.\1.resnets."),
+    (r"down\.(\d+)\.downsample\.", r"down_blocks.\1.downsamplers.0."),
+    (r"up\.(\d+)\.block\.", r"up_blocks.\1.resnets."),
+    (r"up\.(\d+)\.upsample\.", r"up_blocks.\1.upsamplers.0."),
+    (r"mid\.block_1\.", r"mid_block.resnets.0."),
+    (r"mid\.block_2\.", r"mid_block.resnets.1."),
+    (r"mid\.attn_1\.", r"mid_block.attentions.0."),
+    (r"attentions\.0\.norm\.", r"attentions.0.group_norm."),
+    (r"attentions\.0\.([qkv])\.", r"attentions.0.to_\1."),
+    (r"attentions\.0\.proj_out\.", r"attentions.0.to_out.0."),
+    (r"attentions\.0\.query\.", r"attentions.0.to_q."),
+    (r"attentions\.0\.key\.", r"attentions.0.to_k."),
+    (r"attentions\.0\.value\.", r"attentions.0.to_v."),
+    (r"attentions\.0\.proj_attn\.", r"attentions.0.to_out.0."),
+)
+
+
+def diffusers_names(weights):
+    """A state dict of CompVis, alone or within a whole checkpoint, or of early diffusers, under
+    today's names."""
+    prefix = "first_stage_model."                                   # in a checkpoint of diffusion
+    inside = {name.removeprefix(prefix): value
+              for name, value in weights.items() if name.startswith(prefix)}
+    weights = inside or weights
+    ups = [int(name.split(".")[2]) for name in weights if name.startswith("decoder.up.")]
+    last = max(ups, default=0)
+    renamed = {}
+    for name, value in weights.items():
+        if name.startswith(("loss.", "model_ema.")):
+            continue
+        # CompVis counts the decoder's levels from fine to coarse, diffusers in order of use
+        name = re.sub(r"^decoder\.up\.(\d+)\.",
+                      lambda found: f"decoder.up.{last - int(found[1])}.", name)
+        for old, new in OLD_NAMES:
+            name = re.sub(rf"(?<=\.){old}", new, name)
+        if ".attentions.0.to_" in name and value.ndim == 4:         # 1x1 convolutions of CompVis
+            value = value[:, :, 0, 0]
+        renamed[name] = value
+    return renamed
+
+
+def load_lpips(lpips, vgg, lin):
+    """Published weights into an LPIPS, from the paths that are not None."""
+    if vgg is not None:
+        features = {name.removeprefix("features."): value for name, value
+                    in load_weights(vgg).items() if name.startswith("features.")}
+        load_strict(lpips.features, features, vgg)                  # without VGG16's classifier
+    if lin is not None:
+        heads = {name.removeprefix("lin").replace("model.1.", ""): value
+                 for name, value in load_weights(lin).items()}      # lin0.model.1.weight: 0.weight
+        load_strict(lpips.lin, heads, lin)
+
+
+# --------------------------------------------------------------------------------------------------
+# Files of tensors
+
+SAFETENSORS_TYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F8_E5M2": torch.float8_e5m2, "F8_E4M3": torch.float8_e4m3fn,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+    "U8": torch.uint8, "BOOL": torch.bool,
+}
+
+
+def load_weights(path):
+    """Dict of tensors from .safetensors, or from torch's own format. Raises FileNotFoundError, or
+    ValueError for a file that is damaged or holds more than tensors."""
+    path = Path(path)
+    if path.suffix == ".safetensors" and path.is_file():
+        return load_safetensors(path)
+    return load_torch(path)
+
+
+def save_safetensors(tensors, path):
+    """Write a dict of name -> tensor: 8 bytes of header length, a JSON header, then the bytes of
+    the tensors."""
+    names = {dtype: name for name, dtype in SAFETENSORS_TYPES.items()}
+    header = {"__metadata__": {"format": "pt"}}                     # some readers insist on it
+    chunks = []
+    offset = 0
+    for name, tensor in tensors.items():
+        flat = tensor.detach().cpu().contiguous().view(-1)
+        data = flat.view(torch.uint8) if tensor.numel() else torch.empty(0)
+        header[name] = {"dtype": names[tensor.dtype], "shape": list(tensor.shape),
+                        "data_offsets": [offset, offset + data.numel()]}
+        chunks.append(data.numpy())
+        offset += data.numel()
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)                                # tensors begin at multiples of 8
+    with atomic_file(path) as file:
+        file.write(len(text).to_bytes(8, "little"))
+        file.write(text)
+        for chunk in chunks:
+            file.write(chunk)
+
+
+def load_safetensors(path):
+    """Read a safetensors file into a dict of tensors. Raises ValueError where header and file do
+    not fit together; no memory is taken before that is known."""
+    size = os.path.getsize(path)
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        room = size - 8 - length                                    # bytes of the tensors
+        if size < 8 or room < 0:
+            raise ValueError(f"{path} is no safetensors file, or cut off: its header would be "
+                             "longer than the file")
+        try:
+            entries = safetensors_header(file.read(length))
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise ValueError(f"{path} has no valid safetensors header ({error!r}): "
+                             "fetch the file anew") from None
+        position = 0
+        for name, dtype, shape, begin, end in entries:
+            count = math.prod(shape) * dtype.itemsize
+            if begin != position or end - begin != count or end > room:
+                raise ValueError(
+                    f"{path}: the bytes of {name} do not fit the header: fetch the file anew")
+            position = end
+        if position != room:
+            raise ValueError(
+                f"{path} has {room - position} bytes that belong to nothing: fetch it anew")
+        tensors = {}
+        for name, dtype, shape, begin, end in entries:
+            data = torch.empty(end - begin, dtype=torch.uint8)
+            file.readinto(data.numpy())
+            tensors[name] = data.view(dtype).reshape(shape)
+    return tensors
+
+
+def safetensors_header(text):
+    """The JSON header as a list of (name, dtype, shape, begin, end), sorted by begin. Raises
+    ValueError, KeyError, TypeError or AttributeError for anything else."""
+    def unique(pairs):
+        if len(dict(pairs)) < len(pairs):
+            raise ValueError("a name stands twice")
+        return dict(pairs)
+
+    entries = []
+    for name, entry in json.loads(text, object_pairs_hook=unique).items():
+        if name == "__metadata__":
+            continue
+        shape = entry["shape"]
+        begin, end = entry["data_offsets"]
+        if any(type(number) is not int or number < 0 for number in (*shape, begin, end)):
+            raise ValueError(f"shape or offsets of {name} are no natural numbers")
+        entries.append((name, SAFETENSORS_TYPES[entry["dtype"]], shape, begin, end))
+    return sorted(entries, key=lambda entry: entry[3:])
+
+
+# === shared by vae.py and fid.py: begin ===
+@contextlib.contextmanager
+def atomic_file(path):
+    """Open a binary file for writing that gets its name when it is complete and on disk, or never."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+# === shared by vae.py and fid.py: end ===
+
+
+# --------------------------------------------------------------------------------------------------
+# Published files
+
+VGG16 = (
+    "https://download.pytorch.org/models/vgg16-397923af.pth",
+    "397923af8e79cdbb6a7127f12361acd7a2f83e06b05044ddf496e83de57a5bf0",
+)
+LPIPS_LIN = (
+    "https://github.com/richzhang/PerceptualSimilarity/raw/master/lpips/weights/v0.1/vgg.pth",
+    "a78928a0af1e5f0fcb1f3b9e8f8c3a2a5a3de244d830ad5c1feddc79b8432868",
+)
 
 
 # === shared by vae.py, align.py and fid.py: begin ===
@@ -640,154 +990,3 @@ def load_strict(module, weights, path):
         raise ValueError(f"{path} does not fit the network: {'; '.join(said)}")
     module.load_state_dict(weights)
 # === shared by vae.py, align.py and fid.py: end ===
-
-
-# === shared by vae.py and fid.py: begin ===
-@contextlib.contextmanager
-def atomic_file(path):
-    """Open a binary file for writing that gets its name when it is complete and on disk, or never."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-# === shared by vae.py and fid.py: end ===
-
-
-def save_safetensors(tensors, path):
-    """Write a dict of name -> tensor: 8 bytes of header length, a JSON header, then the bytes of the tensors."""
-    names = {dtype: name for name, dtype in SAFETENSORS_TYPES.items()}
-    header, chunks, offset = {"__metadata__": {"format": "pt"}}, [], 0           # some readers insist on the format
-    for name, tensor in tensors.items():
-        data = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8) if tensor.numel() else torch.empty(0)
-        header[name] = {"dtype": names[tensor.dtype], "shape": list(tensor.shape),
-                        "data_offsets": [offset, offset + data.numel()]}
-        chunks.append(data.numpy())
-        offset += data.numel()
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)                                              # tensors begin at a multiple of 8
-    with atomic_file(path) as file:
-        for chunk in (len(text).to_bytes(8, "little"), text, *chunks):
-            file.write(chunk)
-
-
-def safetensors_header(text):
-    """The JSON header as a list of (name, dtype, shape, begin, end), sorted by begin. Raises ValueError, KeyError,
-    TypeError or AttributeError for anything else."""
-    def unique(pairs):
-        if len(dict(pairs)) < len(pairs):
-            raise ValueError("a name stands twice")
-        return dict(pairs)
-
-    entries = []
-    for name, entry in json.loads(text, object_pairs_hook=unique).items():
-        if name != "__metadata__":
-            shape, (begin, end) = entry["shape"], entry["data_offsets"]
-            if any(type(number) is not int or number < 0 for number in (*shape, begin, end)):
-                raise ValueError(f"shape or offsets of {name} are no natural numbers")
-            entries.append((name, SAFETENSORS_TYPES[entry["dtype"]], shape, begin, end))
-    return sorted(entries, key=lambda entry: entry[3:])
-
-
-def load_safetensors(path):
-    """Read a safetensors file into a dict of tensors. Raises ValueError where header and file do not fit together; no
-    memory is taken before that is known."""
-    size = os.path.getsize(path)
-    with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > size - 8:
-            raise ValueError(f"{path} is no safetensors file, or cut off: its header would be longer than the file")
-        try:
-            entries = safetensors_header(file.read(length))
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise ValueError(f"{path} has no valid safetensors header ({error!r}): fetch the file anew") from None
-        position = 0
-        for name, dtype, shape, begin, end in entries:
-            if begin != position or end - begin != math.prod(shape) * dtype.itemsize or end > size - 8 - length:
-                raise ValueError(f"{path}: the bytes of {name} do not fit the header: fetch the file anew")
-            position = end
-        if position != size - 8 - length:
-            raise ValueError(f"{path} has {size - 8 - length - position} bytes that belong to nothing: fetch it anew")
-        tensors = {}
-        for name, dtype, shape, begin, end in entries:
-            data = torch.empty(end - begin, dtype=torch.uint8)
-            file.readinto(data.numpy())
-            tensors[name] = data.view(dtype).reshape(shape)
-    return tensors
-
-
-def load_weights(path):
-    """Dict of tensors from .safetensors, or from torch's own format. Raises FileNotFoundError, or ValueError for a file
-    that is damaged or holds more than tensors."""
-    path = Path(path)
-    return load_safetensors(path) if path.suffix == ".safetensors" and path.is_file() else load_torch(path)
-
-
-def read_config(path):
-    """diffusers' config.json as a dict. Raises FileNotFoundError, or ValueError for what AutoencoderKL cannot build."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} not found: want a folder in diffusers' layout, or one file of weights")
-    try:
-        config = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is no JSON ({error}): fetch the file anew") from None
-    if not isinstance(config, dict) or not config.get("block_out_channels"):
-        raise ValueError(f"{path} has no block_out_channels: want the config.json of an AutoencoderKL")
-    if (config.get("latents_mean") is None) != (config.get("latents_std") is None):
-        raise ValueError(f"{path}: of latents_mean and latents_std one is missing: give both or neither")
-    fixed = {"act_fn": "silu", "mid_block_add_attention": True, "use_quant_conv": True, "use_post_quant_conv": True}
-    for name, value in fixed.items():
-        if config.get(name, value) != value:
-            raise ValueError(f"{path}: {name} is {config[name]!r}, and only {value!r} is built here")
-    for name, value in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
-        if set(config.get(name) or [value]) != {value}:
-            raise ValueError(f"{path}: {name} is {config[name]}, and only {value} is built here")
-    return config
-
-
-def config_of(weights, path):
-    """AutoencoderKL's arguments from the shapes of a state dict. The groups of the norms leave no trace there: 32, as
-    in every autoencoder of CompVis. Raises ValueError where this is no autoencoder."""
-    try:
-        convs = [name.split(".") for name in weights if re.fullmatch(r"encoder\.down_blocks\..*\.conv1\.weight", name)]
-        levels, layers = (1 + max(int(name[i]) for name in convs) for i in (2, 4))
-        channels = [weights[f"encoder.down_blocks.{i}.resnets.0.conv1.weight"].shape[0] for i in range(levels)]
-        return dict(in_channels=weights["encoder.conv_in.weight"].shape[1], block_out_channels=channels,
-                    out_channels=weights["decoder.conv_out.weight"].shape[0], layers_per_block=layers,
-                    latent_channels=weights["post_quant_conv.weight"].shape[1])
-    except (KeyError, ValueError, IndexError):
-        raise ValueError(f"{path} holds no autoencoder: want weights under the names of diffusers or CompVis") from None
-
-
-OLD_NAMES = (                                                                    # CompVis', then early diffusers'
-    (r"norm_out\.", r"conv_norm_out."), (r"nin_shortcut\.", r"conv_shortcut."),
-    (r"down\.(\d+)\.block\.", r"down_blocks.\1.resnets."), (r"up\.(\d+)\.block\.", r"up_blocks.\1.resnets."),
-    (r"down\.(\d+)\.downsample\.", r"down_blocks.\1.downsamplers.0."),
-    (r"up\.(\d+)\.upsample\.", r"up_blocks.\1.upsamplers.0."),
-    (r"mid\.block_1\.", r"mid_block.resnets.0."), (r"mid\.block_2\.", r"mid_block.resnets.1."),
-    (r"mid\.attn_1\.", r"mid_block.attentions.0."), (r"attentions\.0\.norm\.", r"attentions.0.group_norm."),
-    (r"attentions\.0\.([qkv])\.", r"attentions.0.to_\1."), (r"attentions\.0\.proj_out\.", r"attentions.0.to_out.0."),
-    (r"attentions\.0\.query\.", r"attentions.0.to_q."), (r"attentions\.0\.key\.", r"attentions.0.to_k."),
-    (r"attentions\.0\.value\.", r"attentions.0.to_v."), (r"attentions\.0\.proj_attn\.", r"attentions.0.to_out.0."))
-
-
-def diffusers_names(weights):
-    """A state dict of CompVis, alone or within a whole checkpoint, or of early diffusers, under today's names."""
-    first_stage = {k[len("first_stage_model."):]: v for k, v in weights.items() if k.startswith("first_stage_model.")}
-    weights = {k: v for k, v in (first_stage or weights).items() if not k.startswith(("loss.", "model_ema."))}
-    levels = 1 + max([int(k.split(".")[2]) for k in weights if k.startswith("decoder.up.")], default=0)
-    renamed = {}
-    for name, value in weights.items():
-        # CompVis counts the decoder's levels from fine to coarse, diffusers in the order in which they come
-        name = re.sub(r"^decoder\.up\.(\d+)\.", lambda found: f"decoder.up.{levels - 1 - int(found[1])}.", name)
-        for old, new in OLD_NAMES:
-            name = re.sub(rf"(?<=\.){old}", new, name)
-        if ".attentions.0.to_" in name and value.ndim == 4:                      # CompVis has 1x1 convolutions here
-            value = value[:, :, 0, 0]
-        renamed[name] = value
-    return renamed

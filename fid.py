@@ -33,7 +33,7 @@ import hashlib
 import http.client
 import json
 import os
-import pickle
+import re
 import sys
 import urllib.request
 import zipfile
@@ -929,7 +929,8 @@ def fetch(address, sha256=None):
 
 
 def load_torch(path):
-    """Dict of tensors from a file of torch's own format, or from the "state_dict" in it.
+    """Dict of tensors from a file of torch's own format, or from the "ema", "model" or "state_dict"
+    in it.
 
     weights_only=True unpickles nothing else. Raises FileNotFoundError, or ValueError for a file
     that is damaged or holds more than tensors.
@@ -938,13 +939,18 @@ def load_torch(path):
         raise FileNotFoundError(f"{path} not found: want a file of weights")
     try:
         weights = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
-        raise ValueError(f"{path} is damaged, or holds more than tensors, which is not read here: "
-                         "fetch it anew, or save its state dict alone") from None
     except Exception as error:                                      # damage raises almost anything
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        refused = re.search(r"Unsupported \w+:? (?:GLOBAL )?(\S+)", str(error))
+        if refused:
+            raise ValueError(f"{path} holds more than tensors ({refused[1]}), which is not "
+                             "unpickled: save its state dict alone") from None
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:80]
         raise ValueError(f"{path} cannot be read ({reason}): fetch the file anew") from None
-    weights = weights.get("state_dict", weights) if isinstance(weights, dict) else {"": weights}
+    for name in ("ema", "model", "state_dict"):                     # of a training checkpoint
+        if isinstance(weights, dict) and isinstance(weights.get(name), dict):
+            weights = weights[name]
+            break
+    weights = weights if isinstance(weights, dict) else {"": weights}
     for name, value in weights.items():
         if not torch.is_tensor(value):
             raise ValueError(f"{path} is no state dict: {name!r} is no tensor")
@@ -974,7 +980,7 @@ def load_strict(module, weights, path):
 # === shared by vae.py and fid.py: begin ===
 @contextlib.contextmanager
 def atomic_file(path):
-    """Open a binary file for writing that gets its name when it is complete and on disk, or never."""
+    """A binary file for writing that gets its name when it is complete and on disk, or never."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

@@ -404,22 +404,13 @@ def load_published(name, path, vae):
 def transformer_weights(path):
     """State dict of a file: .safetensors, a bare .pt, or the average ("ema", else "model" or
     "state_dict") of a training checkpoint. Raises FileNotFoundError, or ValueError."""
-    if path.suffix == ".safetensors" or not path.is_file():
-        return load_weights(path)
-    try:
-        # official SiT and DiT checkpoints keep their flags beside the weights
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            weights = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:                                      # damaged bytes raise anything
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{path} cannot be read ({reason}): fetch the file anew") from None
-    for name in ("ema", "model", "state_dict"):
-        if isinstance(weights, dict) and isinstance(weights.get(name), dict):
-            weights = weights[name]
-            break
-    if not isinstance(weights, dict) or not all(map(torch.is_tensor, weights.values())):
-        raise ValueError(f"{path} is no state dict: want the weights of a SiT or DiT")
-    return {name.removeprefix("module."): value for name, value in weights.items()}
+    # official SiT and DiT checkpoints keep their flags beside the weights
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        weights = load_weights(path)
+    if any(name.startswith("projectors.") for name in weights):
+        raise ValueError(f"{path} is a SiT of REPA, whose time runs from data at 0 to noise at 1: "
+                         "it would be sampled the wrong way round here")
+    return weights
 
 
 def shape_arguments(weights):

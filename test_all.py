@@ -447,13 +447,28 @@ def same_autoencoder(a, b, x):
         torch.testing.assert_close(b.decode(z).sample, rec, rtol=1e-4, atol=5e-5)
 
 
+def drawn_config(seed):
+    """Arguments of an autoencoder that nobody chose."""
+    rng = np.random.RandomState(seed)
+    return dict(
+        block_out_channels=(8 * rng.randint(1, 5, rng.randint(1, 4))).tolist(),
+        layers_per_block=int(rng.randint(1, 4)), norm_num_groups=int(rng.choice([2, 4, 8])),
+        in_channels=int(rng.randint(1, 5)), out_channels=int(rng.randint(1, 5)),
+        latent_channels=int(rng.choice([3, 4, 16])), sample_size=32,
+        scaling_factor=round(rng.uniform(0.1, 2), 3), shift_factor=round(rng.uniform(-1, 1), 3),
+        **{name: bool(rng.randint(2)) for name in (
+            "use_quant_conv", "use_post_quant_conv", "mid_block_add_attention", "force_upcast")})
+
+
 @pytest.mark.parametrize("config", [
     dict(SMALL_VAE, sample_size=32),
-    dict(block_out_channels=(16, 48, 24), layers_per_block=3, norm_num_groups=8, latent_channels=7,
-         in_channels=1, out_channels=2, sample_size=32)])
+    # as SD3's and FLUX's are, but small
+    dict(SMALL_VAE, latent_channels=16, scaling_factor=1.5305, shift_factor=0.0609,
+         use_quant_conv=False, use_post_quant_conv=False),
+    *map(drawn_config, range(6))])
 def test_autoencoder_and_diffusers_read_each_others_folders(tmp_path, config):
     torch.manual_seed(0)
-    numbers = torch.rand(2, config.get("latent_channels", 4)).tolist()
+    numbers = (0.5 + torch.rand(2, config.get("latent_channels", 4))).tolist()
     ours = fill(vae.AutoencoderKL(**config, latents_mean=numbers[0], latents_std=numbers[1]))
     ours.save_pretrained(tmp_path / "ours")
     theirs = diffusers.AutoencoderKL.from_pretrained(tmp_path / "ours").eval()
@@ -473,6 +488,91 @@ def test_autoencoder_and_diffusers_read_each_others_folders(tmp_path, config):
     assert text["my_note"] == [1, 2] and text["_diffusers_version"] == diffusers.__version__
     again = diffusers.AutoencoderKL.from_pretrained(tmp_path / "back")
     assert [list(again.config.latents_mean), list(again.config.latents_std)] == numbers
+    for name, value in config.items():
+        assert again.config[name] == value or list(again.config[name]) == list(value), name
+
+
+def test_variants_and_shards_load(tmp_path):
+    theirs = diffusers.AutoencoderKL(
+        down_block_types=["DownEncoderBlock2D"] * 2, up_block_types=["UpDecoderBlock2D"] * 2,
+        **SMALL_VAE).eval()
+    x = array((1, 3, 32, 32), 1, -1, 1)
+    theirs.save_pretrained(tmp_path / "shards", max_shard_size="100KB")
+    assert len(list((tmp_path / "shards").glob("*-of-*.safetensors"))) > 2
+    sharded = vae.AutoencoderKL.from_pretrained(tmp_path / "shards")
+    same_autoencoder(theirs, sharded, x)
+
+    half = copy.deepcopy(theirs).half()
+    half.save_pretrained(tmp_path / "pipeline" / "vae", variant="fp16")
+    half.save_pretrained(tmp_path / "both", variant="fp16", max_shard_size="100KB")
+    loaded = vae.AutoencoderKL.from_pretrained(tmp_path / "pipeline", subfolder="vae")
+    assert loaded.dtype == torch.float32
+    same_autoencoder(half.float(), loaded, x)
+    loaded = vae.AutoencoderKL.from_pretrained(tmp_path / "both", torch_dtype=torch.float64)
+    assert loaded.dtype == torch.float64
+    same_autoencoder(half.double(), loaded, x.double())
+
+    index = tmp_path / "shards" / "diffusion_pytorch_model.safetensors.index.json"
+    digest = train.checksum(tmp_path / "shards")
+    shard = sorted((tmp_path / "shards").glob("*-of-*.safetensors"))[-1]
+    shard.write_bytes(shard.read_bytes()[:-1] + b"?")
+    assert train.checksum(tmp_path / "shards") != digest
+    shard.unlink()
+    with one_line(FileNotFoundError, shard.name):
+        vae.AutoencoderKL.from_pretrained(tmp_path / "shards")
+    elsewhere = '{"weight_map": {"a": "../x.safetensors"}}'
+    for text in ("{", "[]", "{}", '{"weight_map": {}}', elsewhere):
+        index.write_text(text)
+        with one_line(ValueError, "no index of weights"):
+            vae.AutoencoderKL.from_pretrained(tmp_path / "shards")
+
+
+def test_statistics_beside_the_config_are_read_where_their_meaning_is_plain(tmp_path):
+    vae.AutoencoderKL(**SMALL_VAE).save_pretrained(tmp_path)
+    mean, std = [0.5, -1.0, 2.0, 0.0], [1.0, 2.0, 3.0, 0.25]
+    for content in ({"mean": mean, "std": std}, {"latents_std": std, "latents_mean": mean, "n": 1}):
+        (tmp_path / "mean_std.json").write_text(json.dumps(content))
+        config = vae.AutoencoderKL.from_pretrained(tmp_path).config
+        assert (config.latents_mean, config.latents_std) == (mean, std)
+    for content in ([mean, std], {"mean": mean}, {"mean": 1, "std": 2},
+                    {"mean": mean[:3], "std": std}, {"mean": mean, "std": ["1"] * 4},
+                    {"mean": mean, "std": [1.0, 2.0, 3.0, -1.0]},
+                    {"mean": mean, "std": std, "mean_of_flips": mean}):
+        (tmp_path / "mean_std.json").write_text(json.dumps(content))
+        with one_line(ValueError, "mean_std.json"):
+            vae.AutoencoderKL.from_pretrained(tmp_path)
+    change_config(tmp_path, latents_mean=mean, latents_std=std)     # which comes first
+    assert vae.AutoencoderKL.from_pretrained(tmp_path).config.latents_mean == mean
+
+
+def test_a_pipeline_of_diffusers_takes_the_autoencoder():
+    """DiTPipeline makes the same images with ours as with its own."""
+    torch.manual_seed(0)
+    ours = fill(vae.AutoencoderKL(**SMALL_VAE, sample_size=16))
+    theirs = diffusers.AutoencoderKL(
+        down_block_types=["DownEncoderBlock2D"] * 2, up_block_types=["UpDecoderBlock2D"] * 2,
+        **SMALL_VAE, sample_size=16).eval()
+    theirs.load_state_dict(ours.state_dict())
+    transformer = diffusers.DiTTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=8, num_layers=1,
+        sample_size=8, num_embeds_ada_norm=1000).eval()
+    images = []
+    for autoencoder in (ours, theirs):
+        pipeline = diffusers.DiTPipeline(transformer, autoencoder, diffusers.DDIMScheduler())
+        pipeline.set_progress_bar_config(disable=True)
+        images.append(pipeline([1, 2], num_inference_steps=2, output_type="np",
+                               generator=torch.Generator().manual_seed(0)).images)
+    assert images[0].shape == (2, 16, 16, 3) and images[0].std() > 0.01
+    np.testing.assert_allclose(images[0], images[1], atol=1e-5)
+
+    x = array((1, 3, 16, 16), 1, -1, 1)
+    posterior, = ours.encode(x, return_dict=False)
+    assert torch.equal(posterior.mean, ours.encode(x).latent_dist.mean)
+    rec, = ours.decode(posterior.mode(), return_dict=False)
+    assert torch.equal(rec, ours.decode(posterior.mode()).sample)
+    assert ours.config.scaling_factor == ours.config["scaling_factor"] == 0.18215
+    with pytest.raises(AttributeError, match="scaling"):
+        ours.config.scaling
 
 
 def test_the_papers_example(tmp_path, stable_diffusion):
@@ -546,7 +646,10 @@ def change_config(folder, **changes):
 
 
 @pytest.mark.parametrize("config, says", [
-    (dict(act_fn="relu"), "act_fn"), (dict(use_quant_conv=False), "use_quant_conv"),
+    (dict(act_fn="relu"), "act_fn"), (dict(use_quant_conv=False), r"unexpected \(quant_conv"),
+    (dict(mid_block_add_attention=False), "unexpected .*mid_block.attentions"),
+    (dict(latent_channels=4.5), "latent_channels is 4.5"), (dict(layers_per_block=0), "from 1 on"),
+    (dict(_class_name="AutoencoderDC"), "that of AutoencoderDC"),
     (dict(down_block_types=["AttnDownEncoderBlock2D"] * 2), "down_block_types"),
     (dict(layers_per_block=2),
      r"missing \(encoder.down_blocks.0.resnets.1.norm1.weight, .*\.\.\.\)"),
@@ -555,7 +658,8 @@ def change_config(folder, **changes):
     (dict(block_out_channels=None), "block_out_channels"),
     (dict(norm_num_groups=3), "norm_num_groups"), (dict(norm_num_groups=0), "norm_num_groups"),
     (dict(latents_mean=[0.0], latents_std=[1.0]), "latents_mean"),
-    (dict(latents_mean=[0.0] * 4), "one is missing")])
+    (dict(latents_mean=[0.0] * 4), "latents_std is None"),
+    (dict(latents_mean=[0.0] * 4, latents_std=[1.0, 1.0, 0.0, 1.0]), "above 0")])
 def test_a_folder_that_does_not_fit_is_one_clear_line(tmp_path, config, says):
     vae.AutoencoderKL(**SMALL_VAE).save_pretrained(tmp_path)
     change_config(tmp_path, **config)
@@ -568,7 +672,8 @@ def test_folders_without_their_files_are_refused(tmp_path):
         vae.AutoencoderKL.from_pretrained(tmp_path)
     vae.AutoencoderKL(**SMALL_VAE).save_pretrained(tmp_path)
     (tmp_path / "diffusion_pytorch_model.safetensors").unlink()
-    with one_line(FileNotFoundError, "diffusion_pytorch_model"):
+    (tmp_path / "flax_model.msgpack").touch()
+    with one_line(FileNotFoundError, "holds config.json, flax_model.msgpack: want .* diffusion_"):
         vae.AutoencoderKL.from_pretrained(tmp_path)
     (tmp_path / "config.json").write_text("{")
     with one_line(ValueError, "config.json"):
@@ -640,12 +745,15 @@ def test_a_damaged_safetensors_file_is_one_clear_line(tmp_path, content):
 def test_other_files_of_weights_are_refused_in_one_line(tmp_path):
     torch.save({"a": torch.zeros(3)}, tmp_path / "pickle.safetensors")
     torch.save({"a": Path("x")}, tmp_path / "code.bin")
+    torch.save({"a": Path("x")}, tmp_path / "old.bin", _use_new_zipfile_serialization=False)
     torch.save({"a": "text"}, tmp_path / "text.bin")
     (tmp_path / "cut.bin").write_bytes((tmp_path / "pickle.safetensors").read_bytes()[:-200])
     (tmp_path / "noise.ckpt").write_bytes(b"noise" * 100)
     (tmp_path / "empty.pth").write_bytes(b"")
     for path in list(tmp_path.iterdir()):
-        with one_line(ValueError, path.name):
+        says = {"text": "no tensor", "pickle": "no safetensors file",
+                "code": "save its state dict", "old": "save its state dict"}
+        with one_line(ValueError, f"{path.name} .*{says.get(path.stem, 'fetch the file anew')}"):
             vae.load_weights(path)
     with one_line(FileNotFoundError, "none.bin"):
         vae.load_weights(tmp_path / "none.bin")

@@ -1351,13 +1351,18 @@ def digests(**paths):
 def checksum(path):
     """sha256 of a file of weights, or of those in the folder of an autoencoder or teacher; stops
     where there are none."""
-    path, name = Path(path), "diffusion_pytorch_model"
-    names = (f"{name}.safetensors", f"{name}.bin", "dinov2.pth")
-    for file in (path, *(path / name for name in names)):
-        if file.is_file():
-            with open(file, "rb") as opened:
-                return hashlib.file_digest(opened, "sha256").hexdigest()
-    stop(f"{path}/{names[0]} (or .bin) not found: want the folder of an autoencoder")
+    path = Path(path)
+    teacher = path / "dinov2.pth"
+    try:
+        files = [path] if path.is_file() else [teacher] if teacher.is_file() else (
+            vae.weights_files(path))
+    except (OSError, ValueError) as error:
+        stop(error)
+    digest = hashlib.sha256()
+    for file in files:
+        with open(file, "rb") as opened:
+            hashlib.file_digest(opened, lambda: digest)             # one digest of all
+    return digest.hexdigest()
 
 
 def write_json(value, path):

@@ -24,7 +24,6 @@ import inspect
 import json
 import math
 import os
-import pickle
 import re
 import urllib.request
 from pathlib import Path
@@ -164,25 +163,26 @@ class Level(nn.Module):
 
 
 class MidBlock(nn.Module):
-    """Resnet, attention, resnet at the lowest resolution."""
+    """Resnet, attention where there is any, resnet at the lowest resolution."""
 
     checkpointed = False
 
-    def __init__(self, channels, groups):
+    def __init__(self, channels, groups, attention):
         super().__init__()
-        self.attentions = nn.ModuleList([Attention(channels, groups)])
+        self.attentions = nn.ModuleList([Attention(channels, groups)] if attention else [])
         self.resnets = nn.ModuleList([ResnetBlock(channels, channels, groups) for _ in range(2)])
 
     def forward(self, x):
         first, second = self.resnets
-        modules = (first, self.attentions[0], second)
+        modules = (first, *self.attentions, second)
         return through(modules, x, self.checkpointed)               # (N, D, H, W)
 
 
 class Encoder(nn.Module):
     """Images x (N, in_channels, H, W) -> moments (N, 2C, h, w), before quant_conv."""
 
-    def __init__(self, in_channels, latent_channels, channels, layers_per_block, groups):
+    def __init__(self, in_channels, latent_channels, channels, layers_per_block, groups,
+                 attention):
         super().__init__()
         self.conv_in = nn.Conv2d(in_channels, channels[0], 3, padding=1)
         self.down_blocks = nn.ModuleList()
@@ -191,7 +191,7 @@ class Encoder(nn.Module):
             down = level < len(channels) - 1
             self.down_blocks.append(Level(width, out, layers_per_block, groups, down=down))
             width = out
-        self.mid_block = MidBlock(width, groups)
+        self.mid_block = MidBlock(width, groups, attention)
         self.conv_norm_out = nn.GroupNorm(groups, width, eps=1e-6)
         self.conv_out = nn.Conv2d(width, 2 * latent_channels, 3, padding=1)
 
@@ -208,7 +208,8 @@ class Decoder(nn.Module):
     """Latents z (N, C, h, w), behind post_quant_conv, -> images (N, out_channels, H, W). One more
     resnet a level than the encoder has."""
 
-    def __init__(self, latent_channels, out_channels, channels, layers_per_block, groups):
+    def __init__(self, latent_channels, out_channels, channels, layers_per_block, groups,
+                 attention):
         super().__init__()
         width = channels[-1]
         self.conv_in = nn.Conv2d(latent_channels, width, 3, padding=1)
@@ -217,7 +218,7 @@ class Decoder(nn.Module):
             out = channels[level]
             self.up_blocks.append(Level(width, out, layers_per_block + 1, groups, up=level > 0))
             width = out
-        self.mid_block = MidBlock(channels[-1], groups)
+        self.mid_block = MidBlock(channels[-1], groups, attention)
         self.conv_norm_out = nn.GroupNorm(groups, width, eps=1e-6)
         self.conv_out = nn.Conv2d(width, out_channels, 3, padding=1)
 
@@ -269,30 +270,61 @@ class DiagonalGaussian:
         return 0.5 * (math.log(2 * math.pi) + self.logvar + distance).sum(dim=(1, 2, 3))
 
 
+class Config(dict):
+    """The entries of config.json, as attributes too: config["sample_size"], config.sample_size."""
+
+    def __getattr__(self, name):
+        if name not in self:
+            raise AttributeError(f"config has no entry {name!r}")
+        return self[name]
+
+
 class AutoencoderKL(nn.Module):
     """diffusers' AutoencoderKL; the defaults are Stable Diffusion's (83,653,863 parameters, f = 8).
 
-    `latents_mean` and `latents_std` (C numbers each) are statistics of the training data's latents,
-    or None. `encode` and `decode` never apply a scale; `normalize` and `denormalize` do.
+    Those of SD3 and FLUX have 16 latent channels, a shift_factor and no quant_conv. `latents_mean`
+    and `latents_std` (C numbers each) are statistics of the training data's latents, or None.
+    `encode` and `decode` never apply a scale; `normalize` and `denormalize` do. Raises ValueError
+    for what is not built here.
     """
 
     def __init__(self, in_channels=3, out_channels=3, block_out_channels=(128, 256, 512, 512),
                  layers_per_block=2, latent_channels=4, norm_num_groups=32, sample_size=256,
-                 scaling_factor=0.18215, latents_mean=None, latents_std=None):
+                 scaling_factor=0.18215, latents_mean=None, latents_std=None, shift_factor=None,
+                 use_quant_conv=True, use_post_quant_conv=True, mid_block_add_attention=True,
+                 force_upcast=True, act_fn="silu", down_block_types=None, up_block_types=None):
         super().__init__()
         channels = list(block_out_channels)                         # D_0 ... D_L
-        self.config = dict(
+        self.config = Config(
             in_channels=in_channels, out_channels=out_channels, block_out_channels=channels,
             layers_per_block=layers_per_block, latent_channels=latent_channels,
             norm_num_groups=norm_num_groups, sample_size=sample_size,
-            scaling_factor=scaling_factor, latents_mean=latents_mean, latents_std=latents_std)
+            scaling_factor=scaling_factor, shift_factor=shift_factor,
+            latents_mean=latents_mean, latents_std=latents_std, use_quant_conv=use_quant_conv,
+            use_post_quant_conv=use_post_quant_conv, force_upcast=force_upcast, act_fn=act_fn,
+            mid_block_add_attention=mid_block_add_attention,
+            down_block_types=down_block_types or ["DownEncoderBlock2D"] * len(channels),
+            up_block_types=up_block_types or ["UpDecoderBlock2D"] * len(channels))
         check_config(self.config)
-        self.encoder = Encoder(
-            in_channels, latent_channels, channels, layers_per_block, norm_num_groups)
-        self.decoder = Decoder(
-            latent_channels, out_channels, channels, layers_per_block, norm_num_groups)
-        self.quant_conv = nn.Conv2d(2 * latent_channels, 2 * latent_channels, 1)
-        self.post_quant_conv = nn.Conv2d(latent_channels, latent_channels, 1)
+        blocks = channels, layers_per_block, norm_num_groups, mid_block_add_attention
+        self.encoder = Encoder(in_channels, latent_channels, *blocks)
+        self.decoder = Decoder(latent_channels, out_channels, *blocks)
+        self.quant_conv = nn.Identity()
+        self.post_quant_conv = nn.Identity()
+        if use_quant_conv:
+            self.quant_conv = nn.Conv2d(2 * latent_channels, 2 * latent_channels, 1)
+        if use_post_quant_conv:
+            self.post_quant_conv = nn.Conv2d(latent_channels, latent_channels, 1)
+
+    @property
+    def dtype(self):
+        """The type of the weights."""
+        return self.encoder.conv_in.weight.dtype
+
+    @property
+    def device(self):
+        """Where the weights are."""
+        return self.encoder.conv_in.weight.device
 
     @property
     def factor(self):
@@ -306,19 +338,23 @@ class AutoencoderKL(nn.Module):
             if isinstance(module, (Level, MidBlock)):
                 module.checkpointed = True
 
-    def encode(self, x):
-        """x (N, 3, H, W) in [-1, 1] -> object with `latent_dist`, a DiagonalGaussian. Raises
-        ValueError for what is no such image (`check_images`)."""
+    def encode(self, x, return_dict=True):
+        """x (N, 3, H, W) in [-1, 1] -> object with `latent_dist`, a DiagonalGaussian; a tuple of it
+        without return_dict. Raises ValueError for what is no such image (`check_images`)."""
         check_images(x, self.config["in_channels"], self.factor)
         moments = self.quant_conv(self.encoder(x))                  # (N, 2C, h, w)
-        return SimpleNamespace(latent_dist=DiagonalGaussian(moments))
+        posterior = DiagonalGaussian(moments)
+        return SimpleNamespace(latent_dist=posterior) if return_dict else (posterior,)
 
-    def decode(self, z):
-        """z (N, C, h, w) -> object with `sample`, images (N, 3, H, W), about [-1, 1]. Raises
-        ValueError for another shape."""
+    def decode(self, z, return_dict=True, generator=None):
+        """z (N, C, h, w) -> object with `sample`, images (N, 3, H, W), about [-1, 1]; a tuple of
+        them without return_dict. Raises ValueError for another shape.
+
+        generator: not used; pipelines of diffusers give one.
+        """
         check_latents(z, self.config["latent_channels"])
         rec = self.decoder(self.post_quant_conv(z))                 # (N, 3, H, W)
-        return SimpleNamespace(sample=rec)
+        return SimpleNamespace(sample=rec) if return_dict else (rec,)
 
     def forward(self, x, noise=None):
         """x -> (rec, posterior, z) with z = mean + std noise: all that the loss needs, in one call
@@ -337,10 +373,10 @@ class AutoencoderKL(nn.Module):
 
     def statistics(self, like):
         """(mean, std) of latents, for broadcasting: the training data's per channel where they are
-        known, else diffusers' shift_factor, mostly absent, and 1 / scaling_factor."""
+        known, else shift_factor and 1 / scaling_factor."""
         mean, std = self.config["latents_mean"], self.config["latents_std"]
         if mean is None:
-            shift = self.config.get("shift_factor") or 0.0
+            shift = self.config["shift_factor"] or 0.0
             std = 1 / self.config["scaling_factor"]
             return like.new_full((1,), shift), like.new_full((1,), std)  # (1,), (1,)
         mean = like.new_tensor(mean).view(1, -1, 1, 1)              # (1, C, 1, 1)
@@ -359,16 +395,20 @@ class AutoencoderKL(nn.Module):
         return z * std + mean
 
     @classmethod
-    def from_pretrained(cls, path):
+    def from_pretrained(cls, path, subfolder="", torch_dtype=None):
         """Read a folder of diffusers' layout, or one file of weights (CompVis' .ckpt or another)
         whose shapes tell the configuration. Raises FileNotFoundError or ValueError that says what
-        is missing or wrong."""
-        config, weights, source = read_autoencoder(Path(path))
+        is missing or wrong.
+
+        subfolder: of the folder, as "vae" of a pipeline. torch_dtype: of the weights, default
+        float32, whatever the file holds.
+        """
+        config, weights, source = read_autoencoder(Path(path) / subfolder)
         known = inspect.signature(cls).parameters
         model = cls(**{name: value for name, value in config.items() if name in known})
-        model.config = {**config, **model.config}                   # what is unknown here is kept
+        model.config = Config({**config, **model.config})           # what is unknown here is kept
         load_strict(model, weights, source)
-        return model.eval()
+        return model.to(torch_dtype).eval()
 
     def save_pretrained(self, folder):
         """Write config.json and diffusion_pytorch_model.safetensors as diffusers reads them."""
@@ -595,16 +635,36 @@ def ssim(x, y):
 
 
 def check_config(config):
+    built = {"act_fn": "silu", "down_block_types": ["DownEncoderBlock2D"],
+             "up_block_types": ["UpDecoderBlock2D"]}
+    for name, want in built.items():
+        given = config[name]
+        if (given if isinstance(given, str) else sorted(set(given))) != want:
+            raise ValueError(f"{name} is {given}, and only {want} is built here")
+    sizes = {name: config[name] for name in (
+        "in_channels", "out_channels", "layers_per_block", "latent_channels", "norm_num_groups")}
+    for name, value in [*sizes.items(), *(("block_out_channels", c)
+                                          for c in config["block_out_channels"])]:
+        if type(value) is not int or value < 1:
+            raise ValueError(f"{name} is {value!r}: want whole numbers from 1 on")
     for channels in config["block_out_channels"]:
         groups = config["norm_num_groups"]
-        if groups < 1 or channels % groups:
+        if channels % groups:
             raise ValueError(
                 f"{channels} channels of a level are no multiple of norm_num_groups {groups}")
-    for name in ("latents_mean", "latents_std"):
-        numbers, want = config[name], config["latent_channels"]
-        if numbers is not None and len(numbers) != want:
-            raise ValueError(
-                f"{name} has {len(numbers)} numbers: want one for each of {want} channels")
+    check_statistics(config["latents_mean"], config["latents_std"], config["latent_channels"])
+
+
+def check_statistics(mean, std, channels):
+    if mean is None and std is None:
+        return
+    for name, numbers in (("latents_mean", mean), ("latents_std", std)):
+        if not isinstance(numbers, (list, tuple)) or len(numbers) != channels:
+            raise ValueError(f"{name} is {numbers}: want {channels} numbers, one for each channel")
+        if not all(isinstance(x, (int, float)) and math.isfinite(x) for x in numbers):
+            raise ValueError(f"{name} has entries that are no finite numbers")
+    if min(std) <= 0:
+        raise ValueError(f"latents_std has {min(std)}: want numbers above 0")
 
 
 def check_images(x, channels, factor):
@@ -645,60 +705,105 @@ def read_autoencoder(path):
     if path.is_file():
         weights = diffusers_names(load_weights(path))
         return config_of(weights, path), weights, path
-    config = read_config(path / "config.json")
-    source = path / "diffusion_pytorch_model.safetensors"
-    if not source.is_file():
-        source = source.with_suffix(".bin")
+    config = read_config(path)
+    source = weights_files(path)[0]
     return config, diffusers_names(load_weights(source)), source
 
 
 def write_autoencoder(weights, config, folder):
     """config.json and weights as diffusers reads them; config.json last: where it is, all is."""
     folder.mkdir(parents=True, exist_ok=True)
-    levels = len(config["block_out_channels"])
-    config = {
-        "_class_name": "AutoencoderKL",
-        "act_fn": "silu",
-        "down_block_types": ["DownEncoderBlock2D"] * levels,
-        "up_block_types": ["UpDecoderBlock2D"] * levels,
-        **config,
-    }
-    save_safetensors(weights, folder / "diffusion_pytorch_model.safetensors")
+    save_safetensors(weights, folder / f"{WEIGHTS}.safetensors")
     with atomic_file(folder / "config.json") as file:
-        file.write((json.dumps(config, indent=2) + "\n").encode())
+        text = json.dumps({"_class_name": "AutoencoderKL", **config}, indent=2, allow_nan=False)
+        file.write((text + "\n").encode())
 
 
-def read_config(path):
-    """diffusers' config.json as a dict. Raises FileNotFoundError, or ValueError for what
-    AutoencoderKL cannot build."""
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{path} not found: want a folder in diffusers' layout, or one file of weights")
+WEIGHTS = "diffusion_pytorch_model"
+ENDINGS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json",    # in this order
+           ".fp16.safetensors", ".safetensors.index.fp16.json", ".fp16.bin", ".bin.index.fp16.json")
+
+
+def weights_files(folder):
+    """The files of an autoencoder's weights: one, or an index and the shards that it names.
+
+    Raises FileNotFoundError for a folder without them, ValueError for a damaged index.
+    """
+    for ending in ENDINGS:
+        path = folder / f"{WEIGHTS}{ending}"
+        if path.is_file():
+            return [path, *shards_of(path)] if path.suffix == ".json" else [path]
+    raise FileNotFoundError(f"{folder} holds {contents(folder)}: want the weights of an "
+                            f"autoencoder, {WEIGHTS}.safetensors")
+
+
+def contents(folder):
+    """What a folder holds, in words."""
+    names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    return ", ".join(names[:8]) + (", ..." if len(names) > 8 else "") or "nothing"
+
+
+def shards_of(index):
+    """The files, beside an index, that hold the weights. Raises ValueError for a damaged index."""
     try:
-        config = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is no JSON ({error}): fetch the file anew") from None
-    if not isinstance(config, dict) or not config.get("block_out_channels"):
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        if not names or any(Path(name).name != name for name in names):
+            raise ValueError("it names no files beside it")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{index} is no index of weights ({error}): fetch it anew") from None
+    return [index.with_name(name) for name in names]
+
+
+def read_config(folder):
+    """config.json of diffusers' layout as a dict, with the statistics of a mean_std.json beside it
+    where it has none. Raises FileNotFoundError, or ValueError for what AutoencoderKL cannot build.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} not found, {folder} holds {contents(folder)}: "
+                                "want a folder in diffusers' layout, or one file of weights")
+    config = read_json(path)
+    if not config.get("block_out_channels"):
         raise ValueError(
             f"{path} has no block_out_channels: want the config.json of an AutoencoderKL")
-    if (config.get("latents_mean") is None) != (config.get("latents_std") is None):
-        raise ValueError(
-            f"{path}: of latents_mean and latents_std one is missing: give both or neither")
-    built = {
-        "act_fn": "silu",
-        "mid_block_add_attention": True,
-        "use_quant_conv": True,
-        "use_post_quant_conv": True,
-    }
-    for name, value in built.items():
-        if config.get(name, value) != value:
-            raise ValueError(
-                f"{path}: {name} is {config[name]!r}, and only {value!r} is built here")
-    blocks = {"down_block_types": "DownEncoderBlock2D", "up_block_types": "UpDecoderBlock2D"}
-    for name, value in blocks.items():
-        if set(config.get(name) or [value]) != {value}:
-            raise ValueError(f"{path}: {name} is {config[name]}, and only {value} is built here")
+    name = config.pop("_class_name", "AutoencoderKL")
+    if name != "AutoencoderKL":
+        raise ValueError(f"{path} is that of {name}: want an AutoencoderKL's")
+    if config.get("latents_mean") is None and (folder / "mean_std.json").is_file():
+        config.update(read_mean_std(folder / "mean_std.json", config.get("latent_channels", 4)))
     return config
+
+
+def read_json(path):
+    """A dict from a file of JSON. Raises ValueError for anything else."""
+    try:
+        content = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON ({error}): fetch the file anew") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds no names and values: fetch the file anew")
+    return content
+
+
+def read_mean_std(path, channels):
+    """latents_mean and latents_std from two lists under names with "mean" and with "std" in them.
+
+    Raises ValueError where their meaning is not plain.
+    """
+    content = read_json(path)
+    found = {}
+    for word in ("mean", "std"):
+        names = [name for name in content if word in name]
+        found[f"latents_{word}"] = content[names[0]] if len(names) == 1 else None
+    try:
+        if None in found.values():
+            raise ValueError(f"its names are {', '.join(content)}")
+        check_statistics(*found.values(), channels)
+    except ValueError as error:
+        raise ValueError(f"{path} is not understood ({error}): want "
+                         '{"mean": [...], "std": [...]} of '
+                         f"{channels} numbers each, or the file elsewhere") from None
+    return found
 
 
 def config_of(weights, path):
@@ -716,7 +821,10 @@ def config_of(weights, path):
             out_channels=weights["decoder.conv_out.weight"].shape[0],
             block_out_channels=[weights[name].shape[0] for name in first],
             layers_per_block=layers,
-            latent_channels=weights["post_quant_conv.weight"].shape[1])
+            latent_channels=weights["decoder.conv_in.weight"].shape[1],
+            use_quant_conv="quant_conv.weight" in weights,
+            use_post_quant_conv="post_quant_conv.weight" in weights,
+            mid_block_add_attention="encoder.mid_block.attentions.0.to_q.weight" in weights)
     except (KeyError, ValueError, IndexError):
         raise ValueError(f"{path} holds no autoencoder: want weights under the names of diffusers "
                          "or CompVis") from None
@@ -790,12 +898,18 @@ SAFETENSORS_TYPES = {
 
 
 def load_weights(path):
-    """Dict of tensors from .safetensors, or from torch's own format. Raises FileNotFoundError, or
+    """Dict of tensors from .safetensors, torch's own format, or the index of several such files,
+    without what DDP and torch.compile put before their names. Raises FileNotFoundError, or
     ValueError for a file that is damaged or holds more than tensors."""
     path = Path(path)
-    if path.suffix == ".safetensors" and path.is_file():
-        return load_safetensors(path)
-    return load_torch(path)
+    if path.suffix == ".json":
+        weights = {}
+        for shard in shards_of(path):
+            weights.update(load_weights(shard))
+        return weights
+    is_safetensors = path.suffix == ".safetensors" and path.is_file()
+    weights = load_safetensors(path) if is_safetensors else load_torch(path)
+    return {re.sub(r"^(module\.|_orig_mod\.)+", "", name): x for name, x in weights.items()}
 
 
 def save_safetensors(tensors, path):
@@ -877,7 +991,7 @@ def safetensors_header(text):
 # === shared by vae.py and fid.py: begin ===
 @contextlib.contextmanager
 def atomic_file(path):
-    """Open a binary file for writing that gets its name when it is complete and on disk, or never."""
+    """A binary file for writing that gets its name when it is complete and on disk, or never."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -950,7 +1064,8 @@ def fetch(address, sha256=None):
 
 
 def load_torch(path):
-    """Dict of tensors from a file of torch's own format, or from the "state_dict" in it.
+    """Dict of tensors from a file of torch's own format, or from the "ema", "model" or "state_dict"
+    in it.
 
     weights_only=True unpickles nothing else. Raises FileNotFoundError, or ValueError for a file
     that is damaged or holds more than tensors.
@@ -959,13 +1074,18 @@ def load_torch(path):
         raise FileNotFoundError(f"{path} not found: want a file of weights")
     try:
         weights = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
-        raise ValueError(f"{path} is damaged, or holds more than tensors, which is not read here: "
-                         "fetch it anew, or save its state dict alone") from None
     except Exception as error:                                      # damage raises almost anything
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        refused = re.search(r"Unsupported \w+:? (?:GLOBAL )?(\S+)", str(error))
+        if refused:
+            raise ValueError(f"{path} holds more than tensors ({refused[1]}), which is not "
+                             "unpickled: save its state dict alone") from None
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:80]
         raise ValueError(f"{path} cannot be read ({reason}): fetch the file anew") from None
-    weights = weights.get("state_dict", weights) if isinstance(weights, dict) else {"": weights}
+    for name in ("ema", "model", "state_dict"):                     # of a training checkpoint
+        if isinstance(weights, dict) and isinstance(weights.get(name), dict):
+            weights = weights[name]
+            break
+    weights = weights if isinstance(weights, dict) else {"": weights}
     for name, value in weights.items():
         if not torch.is_tensor(value):
             raise ValueError(f"{path} is no state dict: {name!r} is no tensor")

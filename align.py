@@ -801,7 +801,7 @@ def load_torch(path):
     try:
         weights = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:                                      # damage raises almost anything
-        refused = re.search(r"Unsupported \w+:? (?:GLOBAL )?(\S+)", str(error))
+        refused = re.search(r"Unsupported global: GLOBAL (\S+)", str(error))
         if refused:
             raise ValueError(f"{path} holds more than tensors ({refused[1]}), which is not "
                              "unpickled: save its state dict alone") from None

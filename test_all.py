@@ -1796,6 +1796,20 @@ def test_every_sde_ends_at_the_distribution_of_the_data(path):
         assert abs(mean - 1.5) < 0.03 and abs(std - 0.4) < 0.025, (sampler, options, mean, std)
 
 
+def test_vp_has_no_hole_at_the_data():
+    """Where sigma is 0 its derivative is infinite: beta / 2 is the product's limit there."""
+    t = torch.tensor([0.0, 0.3, 1.0], dtype=torch.float64)
+    alpha, sigma, d_alpha, d_sigma = sit.interpolant("vp", t)
+    generic = d_alpha / alpha * sigma ** 2 - sigma * d_sigma
+    torch.testing.assert_close(sit.drift_variance("vp", t)[:2], generic[:2])
+    assert sit.drift_variance("vp", t)[2] == pytest.approx(0.05)
+    model, x = tiny(sit.SiT).double(), array((2, 4, 8, 8), 1).double()
+    options = dict(sampler="rk4", num_steps=3, path="vp", prediction="score")
+    y = torch.tensor([1, 2])
+    assert sit.sample(model, x, y, reverse=True, **options).isfinite().all()
+    assert sit.log_likelihood(model, x, y, **options)[0].isfinite().all()
+
+
 def test_likelihood_is_that_of_the_distribution_of_the_data():
     """The divergence of this field is diagonal: any probe of random signs gives it exactly."""
     x, y = 1.5 + 0.4 * array((3, 4, 2, 2), 1).double(), torch.zeros(3, dtype=torch.long)
@@ -1838,6 +1852,8 @@ def test_transformers_refuse_what_they_do_not_take(module, network):
             model(*arguments)
     with pytest.raises(ValueError, match="class_dropout_prob"):
         module.sample(without_null, x, y, cfg_scale=2.0)
+    with pytest.raises(ValueError, match="train mode"):             # it would drop labels at random
+        module.sample(copy.deepcopy(model).train(), x, y)
 
     watched = Watched(model)
     refused = [("labels", dict(y=torch.tensor([0, 11]))), ("cfg_channels 5", dict(cfg_channels=5)),

@@ -84,6 +84,77 @@ def both_cores():
     fcntl.flock(CORES, fcntl.LOCK_SH)
 
 
+# --------------------------------------------------------------------------------------------------
+# Our programs, as users run them
+
+MAIN = {"train.py": train.main, "sample.py": sample.main, "fid.py": fid.main,
+        "demo.teacher": demo.teacher.main, "demo.pictures": demo.pictures.main,
+        "demo.report": demo.report.main, "demo.study": demo.study.main}
+
+
+def start(*words, launch=(), env=None, **options):
+    """A program of ours in a process of its own, or in those of `launch`."""
+    module = [] if str(words[0]).endswith(".py") else ["-m"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
+    if launch:                                           # two processes want two GPUs, or none
+        env["CUDA_VISIBLE_DEVICES"] = ""
+    return subprocess.Popen([sys.executable, *launch, *module, *map(str, words)], cwd=HERE, env=env,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+
+
+def torchrun(processes, *flags):
+    return ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", *flags,
+            "--"]
+
+
+def command(*words, check=True, processes=1, fresh=False, **env):
+    """Run a program of ours to its end, in this process where processes are not what is tested."""
+    if processes > 1 or fresh:
+        with both_cores():
+            done = start(*words, launch=torchrun(processes) if processes > 1 else (), env=env)
+            done.stdout, done.stderr = done.communicate(timeout=400)
+    else:
+        done, (out, err) = SimpleNamespace(returncode=0), (io.StringIO(), io.StringIO())
+        words, dtype = [str(word) for word in words], torch.get_default_dtype()
+        handlers = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)}
+        urllib.request.install_opener(None)              # so that proxies are read anew
+        with (mock.patch.dict(os.environ, env), mock.patch.object(sys, "argv", words),
+              contextlib.chdir(HERE), contextlib.redirect_stdout(out),
+              contextlib.redirect_stderr(err)):
+            try:
+                MAIN[words[0]]()
+            except SystemExit as ended:
+                done.returncode = ended.code or 0
+        for number, handler in handlers.items():         # from here on as at the end of a process
+            signal.signal(number, handler)
+        train.locks.clear()
+        torch.set_default_dtype(dtype)
+        urllib.request.install_opener(None)
+        done.stdout, done.stderr = out.getvalue(), err.getvalue()
+    assert not check or done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return done
+
+
+def last_line(text):
+    return [line for line in text.splitlines() if line.strip()][-1]
+
+
+def refused(program, *words, **env):
+    """The line with which a program refuses what it was given, with exit status 2."""
+    done = command(program, *words, check=False, **env)
+    assert done.returncode == 2, done.stderr[-2000:]
+    return last_line(done.stderr)
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        return probe.getsockname()[1]
+
+
+NO_NETWORK = "http://127.0.0.1:9"                        # a proxy that nobody is
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Deterministic weights and inputs, and what the reference file stores of an output
 
@@ -2166,70 +2237,381 @@ def test_the_evaluator_refuses_what_it_cannot_do(image_sets, inception_weights, 
 
 
 # --------------------------------------------------------------------------------------------------
-# Scenes of the demo, and images of one's own
+# Tiny runs, which the tests of the programs share
 
-def test_scenes_depend_on_seed_and_index_alone():
-    whole = demo.scenes.draw_scenes(3, np.arange(40))
-    part = demo.scenes.draw_scenes(3, np.array([37, 5, 12]))
-    images, labels, masks, depth = ((a[[37, 5, 12]].double(), b.double())
-                                    for a, b in zip(whole, part))
-    assert torch.equal(*labels)
-    # another place in memory may mean another kernel: it rounds otherwise, also over an edge
-    for (a, b), most in ((images, 1), (masks, 0), (depth, 1e-5)):
-        gaps = (a - b).abs()
-        assert (gaps == 0).double().mean() > 0.95 and (gaps > most).double().mean() < 2e-3
-    assert not torch.equal(whole[0], demo.scenes.draw_scenes(4, np.arange(40))[0])
-    test = demo.scenes.draw_scenes(3, np.arange(10 ** 9, 10 ** 9 + 10))
-    assert test[1].tolist() == list(range(10))
+DEMO = ["--scenes", 900, "--steps", 6, "--num", 20]
+SMALL = ["--preset", "small", "--no-flip", "--latent-channels", 4, "--channels", 8, 16, 16,
+         "--align-hidden", 16, "--batch-size", 8]
 
 
-def test_masks_and_depth_of_scenes_agree():
-    images, labels, masks, depth = demo.scenes.draw_scenes(0, np.arange(200))
-    assert images.shape == (200, 3, 32, 32) and images.dtype == torch.uint8
-    for i in range(200):
-        assert set(masks[i].unique().tolist()) <= {0, 1, 2 + i % 10} and labels[i] == i % 10
-    solid = (masks >= 2).float().mean(dim=(1, 2))
-    assert solid.min() > 0.04 and solid.max() < 0.6
-    assert (depth[masks == 0] == demo.scenes.FAR).all() and depth.min() > demo.scenes.NEAR
-    assert (depth[masks >= 2] < 8).all(), "a solid stands five units away"
+@pytest.fixture(scope="session")
+def whole(tmp_path_factory):
+    """The folder of a finished tiny demo. The first of pytest's processes makes it for all."""
+    base = tmp_path_factory.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    out = base / "whole"
+    with open(base / "whole.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (base / "whole.txt").is_file():
+            done = command("demo", "--out", out, *DEMO, fresh=True)
+            assert "Traceback" not in done.stderr
+            (base / "whole.txt").write_text(done.stdout)
+    return out
 
 
-def test_a_sphere_is_drawn_where_geometry_puts_it():
-    """Its nearest point is at |eye - centre| - radius: the smallest depth on the solid."""
-    u = demo.scenes.scene_numbers(0, np.arange(0, 400, 10), 24)
-    _, masks, depth = demo.scenes.draw_class(0, u, 96)
-    pitch = 0.2 + 0.14 * u[:, 0]
-    scale = 0.85 + 0.2 * u[:, 8]
-    px, pz = -0.16 + 0.32 * u[:, 9], -0.2 + 0.4 * u[:, 10]
-    eye = torch.stack([-px, 0.8 + 5 * pitch.sin() - 0.92 * scale, 5 * pitch.cos() - pz])
-    expected = eye.norm(dim=0) - 0.92 * scale
-    nearest = depth.masked_fill(masks != 2, 100).amin(1)
-    torch.testing.assert_close(nearest, expected, rtol=0, atol=0.01)
+def stage(whole, name, out, *words, **flags):
+    """The words of a tiny stage on the demo's scenes, teacher and plain latents."""
+    for flag, value in flags.items():
+        words += f"--{flag.replace('_', '-')}", value
+    inputs = {"data": "scenes.zip", "teacher": "teacher", "vae": "plain/vae",
+              "latents": "plain/latents"}
+    inputs = [word for flag, path in inputs.items() for word in (f"--{flag}", whole / path)]
+    return ["train.py", "--stage", name, *SMALL, *inputs, "--out", out, *words]
 
 
-def test_scenes_become_an_ordinary_data_set(tmp_path):
-    """A .zip of class folders, the same bytes each time; masks and depth in ImageFolder's order."""
-    path = tmp_path / "scenes.zip"
-    demo.scenes.write_scenes(path, 120, 16)
-    written = path.read_bytes()
-    with np.load(demo.scenes.truth_path(path)) as truth:
-        for split, count in (("train", 120), ("test", 12)):
-            data = train.ImageFolder(path, split, 16)
-            assert data.classes == tuple(sorted(demo.scenes.SCENE_CLASSES)) and len(data) == count
-            numbers = np.array([int(Path(name).stem) for name, _ in data.files])
-            images, labels, masks, depth = demo.scenes.draw_scenes(0, numbers, 16)
-            (read, its_labels), = train.in_order(data, count)
-            assert torch.equal(read, images) and np.array_equal(truth[f"{split}_masks"], masks)
-            np.testing.assert_allclose(truth[f"{split}_depth"], depth, rtol=1e-3)
-            names = [demo.scenes.SCENE_CLASSES[k] for k in labels]
-            assert [data.classes[k] for k in its_labels] == names
-    demo.scenes.write_scenes(path, 120, 16)
-    with pytest.raises(ValueError, match="holds 120 scenes of 16 pixels, not 130"):
-        demo.scenes.write_scenes(path, 130, 16)
-    path.unlink()
-    demo.scenes.write_scenes(path, 120, 16)
-    assert path.read_bytes() == written
+def copy_of(whole, folder, *stages):
+    """A copy of the demo's plain lane with some of its stages."""
+    for name in stages:
+        shutil.copytree(whole / "plain" / name, folder / name)
+    return folder
 
+
+def checkpoint_of(folder):
+    return torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)
+
+
+def log_of(folder):
+    """The lines of a stage's log, without what tells of the machine."""
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in demo.pictures.SPEED} for line in lines]
+
+
+@pytest.fixture(scope="session")
+def lpips_cache(tmp_path_factory):
+    """A cache folder with weights of LPIPS under their published names."""
+    folder, lpips = tmp_path_factory.mktemp("cache"), filled_lpips(2 ** 0.5)
+    vgg = {f"features.{name}": value for name, value in lpips.features.state_dict().items()}
+    torch.save(vgg, folder / "vgg16-397923af.pth")
+    shutil.copy(published_lin(), folder / "vgg.pth")
+    return str(folder)
+
+
+def write_images(root, folders=("train/b", "train/a", "test/b", "test/a"), count=12):
+    """Plain colours that tell class and number, in class folders."""
+    for folder in folders:
+        (root / folder).mkdir(parents=True, exist_ok=True)
+        for i in range(count):
+            color = (200, 50, 10 * i) if folder.endswith("a") else (10 * i, 50, 200)
+            Image.new("RGB", (40, 36), color).save(root / folder / f"{i:03}.png")
+    return root
+
+
+def zipped(root, path, method=zipfile.ZIP_STORED):
+    with zipfile.ZipFile(path, "w", method) as archive:
+        for file in sorted(root.rglob("*.png")):
+            archive.write(file, file.relative_to(root))
+    return path
+
+
+# --------------------------------------------------------------------------------------------------
+# train.py: settings
+
+def test_defaults_are_the_papers():
+    """ImageNet at 256 px, as the official trainings of SiT and DiT; a flag stands above them."""
+    for name, network in (("sit", "SiT"), ("dit", "DiT")):
+        cfg = train.resolve(name, dict(data="imagenet"))
+        assert (cfg.model, cfg.steps, cfg.batch_size) == (f"{network}-XL/2", 400_000, 256)
+        assert (cfg.lr, cfg.weight_decay, cfg.clip, cfg.warmup, cfg.decay) == (1e-4, 0, 0, 0, 1)
+        assert (cfg.ema, cfg.label_dropout, cfg.image_size) == (0.9999, 0.1, 256)
+        assert train.resolve(name, dict(data="imagenet", lr=3e-4)).lr == 3e-4
+    cfg = train.resolve("align", dict(data="folder/imagenet.zip"))
+    assert cfg.channels == (128, 256, 512, 512) and cfg.out == "runs/imagenet"
+    told = command("train.py", "--help").stdout
+    for group in ("run", "data", "training", "autoencoder", "alignment", "diffusion"):
+        assert f"\n{group}:\n" in told
+    assert "--align-form" not in told, "what only an ablation changes is no flag"
+
+
+def test_a_dry_run_checks_everything_and_writes_nothing(whole, tmp_path):
+    words = stage(whole, "align", tmp_path / "x", "--dry-run")
+    said = command(*words).stdout
+    assert "M parameters" in said and '"steps": 1400' in said and "900 images of 10 classes" in said
+    assert "teacher's patches" in refused(*words, "--teacher-size", 30)
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("words, says", [
+    ("--stage latents", "--stage vae or align"), ("--stage sit", "--stage vae or align"),
+    ("--stage nonsense", "invalid choice"), ("--precision fp16", "invalid choice"),
+    ("--steps 0", "want at least 1"), ("--seed -1", "want at least 0"), ("--lr nan", "--lr nan"),
+    ("--label-dropout 1.5", "at most 1"), ("--stage vae sit --batch-size 0", "--batch-size 0"),
+    ("--accumulate 3", "does not divide by 1"), ("--log-every 7", "multiple of"),
+    ("--channels 9", "norm_num_groups"), ("--image-size 30", "not halved 2 times"),
+    ("--data=", "want a folder or .zip"), ("--freeze", "--stage align --init FOLDER"),
+    ("--init nowhere", "nowhere"), ("--stage align --teacher dinov2_x", "one of dinov2_vits14, "),
+    ("--stage vae sit --model SiT-X/2", "write SiT-SIZE/PATCH"),
+    ("--out DATA/run", "lies inside --data"), ("--out FILE/x", "cannot be written"),
+    ("--perceptual-weight 1", "vgg16-397923af.pth is not in")])
+def test_bad_commands_are_refused(tmp_path, words, says):
+    """Before any work, and without weights left behind."""
+    data = write_images(tmp_path / "data", ["."], 20)
+    (tmp_path / "file").touch()
+    words = words.replace("DATA", str(data)).replace("FILE", str(tmp_path / "file")).split()
+    assert says in refused("train.py", "--stage", "vae", *SMALL, "--data", data, "--out",
+                           tmp_path / "run", *words, REALS_CACHE=str(tmp_path / "cache"),
+                           https_proxy=NO_NETWORK)
+    assert not [*tmp_path.rglob("*.pt"), *tmp_path.rglob("*.safetensors")]
+
+
+# --------------------------------------------------------------------------------------------------
+# train.py: stages vae and align
+
+def test_an_autoencoder_that_is_frozen_stays_as_it_is(whole, tmp_path):
+    """--init FOLDER --freeze: not a bit of it moves, and the MLPs learn to read it."""
+    plain, name = whole / "plain", "diffusion_pytorch_model.safetensors"
+    for file in (name, "config.json"):
+        assert (plain / "vae" / file).read_bytes() == (plain / "align" / file).read_bytes()
+    words = stage(whole, "align", tmp_path, "--freeze", init=plain / "vae", align_hidden=64,
+                  steps=40, warmup=0, log_every=10, save_every=40)
+    command(*words[:3], "latents", *words[3:])           # as README has it: its latents too
+    assert (tmp_path / "latents" / "meta.json").is_file()
+    assert (tmp_path / "align" / name).read_bytes() == (plain / "vae" / name).read_bytes()
+    *lines, figures = log_of(tmp_path / "align")
+    a, b, c, d = (line["align"] for line in lines)
+    assert c + d < a + b - 0.1 and "mse" not in lines[0]
+    assert figures.keys() == {"step", "held_out_psnr", "held_out_cos_patch", "held_out_cos_cls"}
+
+
+def test_every_option_of_the_alignment(whole, tmp_path):
+    """From another autoencoder, to tokens of another grid, before the norm, by an adaptive weight;
+    what is no flag is set from Python."""
+    plain = whole / "plain" / "vae"
+    words = stage(whole, "align", tmp_path, "--align-adaptive", init=plain, steps=2, log_every=1,
+                  save_every=1, teacher_size=48, pool=1, lr=1e-9)
+    train.main([str(word) for word in words[1:]], align_form="cosine", target="prenorm",
+               standardize=False)
+    out = tmp_path / "align"
+    config, settings = (train.read_json(out / f"{name}.json") for name in ("heads", "settings"))
+    assert config["grid"] == [12, 12] and config["target"] == "prenorm" and config["pool"] == 1
+    assert settings["align_form"] == "cosine" and settings["channels"] == [8, 32, 48]
+    for step in (1, 2):
+        line = {k: v for line in log_of(out) if line["step"] == step for k, v in line.items()}
+        assert {"mse", "kl", "align_factor", "l1_patch", "l1_cls", "held_out_psnr",
+                "held_out_cos_patch", "held_out_cos_cls"} <= line.keys()
+        expected = 2 - line["cos_patch"] - line["cos_cls"]
+        assert line["align"] == pytest.approx(expected, rel=1e-4)
+    before, after = (vae.AutoencoderKL.from_pretrained(folder).state_dict()
+                     for folder in (plain, out))
+    for name, value in before.items():
+        torch.testing.assert_close(after[name], value, rtol=0, atol=1e-6)
+    heads, z = sample.load_heads(out), torch.randn(2, 8, 8, 8)
+    assert (heads.patch_std == 1).all() and (heads.cls_mean == 0).all()
+    raw, normed = (heads.feature_map(z, normed=normed).flatten(2).mT for normed in (False, True))
+    torch.testing.assert_close(normed, align.load_teacher(whole / "teacher").norm(raw))
+
+
+# --------------------------------------------------------------------------------------------------
+# train.py: stages latents, sit and dit
+
+def test_several_stages_follow_each_other_and_none_is_done_twice(tmp_path):
+    """Also with both flips, of images without class folders, in bfloat16; weights are float32."""
+    root, out = write_images(tmp_path / "solids", ["."], 40), tmp_path / "run"
+    words = ["train.py", "--stage", "vae", "latents", "sit", "dit", *SMALL, "--data", root, "--out",
+             out, "--flip", "--steps", 2, "--precision", "bf16", "--gradient-checkpointing"]
+    assert "done already" not in command(*words).stdout
+    assert np.load(out / "latents" / "moments.npy", mmap_mode="r").shape == (2, 38, 8, 8, 8)
+    assert sample.load_run(out, "dit").classes == ["solids"]
+    for name in ("vae", "sit", "dit"):
+        net = checkpoint_of(out / name)["net"]
+        assert {value.dtype for value in net.values()} == {torch.float32}
+    assert command(*words).stdout.count("is done already") == 4
+
+
+def test_weights_of_a_run_are_in_published_formats(whole):
+    theirs = diffusers.AutoencoderKL.from_pretrained(whole / "aligned" / "align")
+    assert len(theirs.config.latents_std) == 8
+    checkpoint = checkpoint_of(whole / "plain" / "sit")
+    assert set(checkpoint) == {"step", "log", "net", "ema", "opt"} and checkpoint["step"] == 6
+    source = sample.load_run(whole / "plain", "sit")
+    assert source.module is sit and source.model.num_classes == 10 and source.classes[8] == "torus"
+
+
+def test_latents_are_normalised_by_their_own_statistics(whole):
+    """meta.json has mean and deviation of samples of q(z | x); sit and sample.py use these."""
+    latents = train.Latents(whole / "plain" / "latents")
+    assert latents.moments.shape == (1, 900, 16, 8, 8)
+    mean, std = torch.from_numpy(latents.moments[0].astype(np.float32)).chunk(2, dim=1)
+    z = one_deviation_off(mean, std)
+    autoencoder = sample.load_run(whole / "plain", "sit").vae
+    for name, measured in (("mean", z.mean((0, 2, 3))), ("std", z.std((0, 2, 3)))):
+        found = getattr(latents, name)
+        torch.testing.assert_close(torch.tensor(found), measured, atol=3e-3, rtol=0)
+        assert autoencoder.config[f"latents_{name}"] == found
+    x = autoencoder.normalize(z)
+    torch.testing.assert_close(x.mean((0, 2, 3)), torch.zeros(8), atol=3e-3, rtol=0)
+    torch.testing.assert_close(x.std((0, 2, 3)), torch.ones(8), atol=3e-3, rtol=0)
+
+
+def test_statistics_keep_their_digits_where_a_mean_is_large():
+    rng = np.random.default_rng(0)
+    moments = np.empty((2, 300, 4, 4, 4), np.float16)    # 300: not a whole number of blocks
+    moments[:, :, 0] = rng.normal(100, 0.3, (2, 300, 4, 4))
+    moments[:, :, 1] = rng.normal(-1, 2, (2, 300, 4, 4))
+    moments[:, :, 2], moments[:, :, 3] = 0.4, rng.uniform(0, 1, (2, 300, 4, 4))
+    means, stds = np.split(moments.astype(np.float64), 2, axis=2)
+    variance = means.var((0, 1, 3, 4)) + (stds ** 2).mean((0, 1, 3, 4))
+    mean, std = train.statistics(moments, "channel")
+    np.testing.assert_allclose(mean, means.mean((0, 1, 3, 4)), rtol=1e-12)
+    np.testing.assert_allclose(std, np.sqrt(variance), rtol=1e-9)
+    assert std[0] == pytest.approx(0.5, abs=0.01)        # sqrt(0.3^2 + 0.4^2)
+    mean, std = train.statistics(moments, "one")         # Stable Diffusion's: no mean, one scale
+    z = means + stds * rng.standard_normal(stds.shape)
+    assert mean == [0, 0] and std[0] == std[1] == pytest.approx(z.std(), rel=0.01)
+
+
+def test_options_of_the_optimiser_do_what_they_say(whole, tmp_path):
+    """A tiny limit on the gradient leaves nothing of a step but the decay of weights; labels are
+    dropped as often as stated; and a compiled network learns the same."""
+    def compiled(net):                                   # needs no compiler of C++
+        net._compiled_call_impl = torch.compile(net._call_impl, backend="aot_eager")
+
+    states = {}
+    for name, options in {"plain": [], "decay": ["--clip", 1e-20, "--weight-decay", 0.5],
+                          "compiled": ["--compile"], "dropped": ["--label-dropout", 1]}.items():
+        flags = dict(steps=4, lr=0.01, warmup=0, decay=1)
+        with mock.patch.object(nn.Module, "compile", compiled):
+            command(*stage(whole, "sit", tmp_path / name, *options, **flags))
+        states[name] = checkpoint_of(tmp_path / name / "sit")["net"]
+    cfg = train.resolve("sit", dict(out="x", preset="small"))
+    first, _ = train.new_transformer(cfg, train.Latents(whole / "plain" / "latents"))
+    first, last = first.state_dict(), "final_layer.linear.weight"    # the last one begins at zero
+    assert states["decay"][last].abs().max() < 1e-9 < 1e-3 < states["plain"][last].abs().max()
+    name, table = "blocks.0.mlp.fc1.weight", "y_embedder.embedding_table.weight"
+    torch.testing.assert_close(states["decay"][name], first[name] * (1 - 0.01 * 0.5) ** 4)
+    for key, value in states["plain"].items():
+        torch.testing.assert_close(states["compiled"][key], value, rtol=1e-3, atol=1e-5)
+    moved = (states["dropped"][table] != first[table]).any(1)
+    assert moved.tolist() == [False] * 10 + [True]
+    assert (states["plain"][table] != first[table]).any(1)[:10].any()
+
+
+# --------------------------------------------------------------------------------------------------
+# train.py: log and checkpoints
+
+def test_what_is_not_finite_stops_a_stage(whole, tmp_path):
+    """Training, with the last good checkpoint named and none after it; encoding, with images."""
+    cfg = train.resolve("sit", dict(out="x", batch_size=8, steps=60))
+    batches = [{i for i, _ in keys} for keys in train.keys_of_steps(900, False, cfg, 0)]
+    for name, images in (("one", [min(batches[12])]), ("all", slice(None))):
+        latents = copy_of(whole, out := tmp_path / name, "latents") / "latents"
+        moments = np.load(latents / "moments.npy", mmap_mode="r+")
+        moments[0, images] = np.nan
+        moments.flush()
+        flags = dict(steps=60, log_every=5, save_every=5, latents=latents)
+        line = refused(*stage(whole, "sit", out, **flags))
+        path = out / "sit" / "checkpoint.pt"
+        good = f"the last good checkpoint is {path}" if name == "one" else "no checkpoint yet"
+        assert "is not finite in the last 5 steps" in line and good in line
+        assert path.is_file() == (name == "one")
+    state = checkpoint_of(tmp_path / "one" / "sit")
+    assert state["step"] == 10
+    assert all(x.isfinite().all() for part in ("net", "ema") for x in state[part].values())
+    autoencoder = vae.AutoencoderKL.from_pretrained(whole / "plain" / "vae")
+    autoencoder.quant_conv.bias.data[0] = 1e5            # more than float16 holds
+    autoencoder.save_pretrained(tmp_path / "vae")
+    line = refused(*stage(whole, "latents", tmp_path, vae=tmp_path / "vae"))
+    assert "latents of images 0 to 7 are not finite, or beyond float16" in line
+    assert not (tmp_path / "latents" / "meta.json").exists()
+
+
+def until_it_has_logged(child, log, lines):
+    while not (log.is_file() and len(log.read_text().splitlines()) >= lines):
+        assert child.poll() is None, "it ended before it was stopped"
+        time.sleep(0.01)
+
+
+def same_end(a, b):
+    """Two runs of SiT with the same weights, averages, optimiser and log, bit for bit."""
+    a, b = a / "sit", b / "sit"
+    assert (a / "ema.safetensors").read_bytes() == (b / "ema.safetensors").read_bytes()
+    assert log_of(a) == log_of(b)
+    a, b = (checkpoint_of(folder)["opt"]["state"] for folder in (a, b))
+    for name, state in a.items():
+        assert all(torch.equal(value, b[name][key]) for key, value in state.items())
+
+
+def test_a_stopped_stage_ends_like_one_that_ran_through(whole, tmp_path):
+    """Killed between checkpoints, its workers left behind; killed while saving; asked to stop,
+    between two lines of the log, also by Ctrl-C while workers load; its last checkpoint cut off, or
+    with one bit flipped. While it lives nobody else may work in its folder."""
+    through, stopped = tmp_path / "a", tmp_path / "b"
+    flags = dict(steps=120, log_every=5, save_every=10)
+    command(*stage(whole, "sit", through, **flags))
+    words, folder = stage(whole, "sit", stopped, **flags), stopped / "sit"
+    folder.mkdir(parents=True)                           # killed before it saved, within a line
+    (folder / "log.jsonl").write_text('{"step": 5, "loss": 1}\n{"step": 1')
+    for kind, lines, workers in ((signal.SIGKILL, 5, 1), ("saving", 9, 0), (signal.SIGTERM, 13, 0),
+                                 (signal.SIGINT, 16, 1)):
+        child = start(*words, "--workers", workers, start_new_session=True)
+        until_it_has_logged(child, folder / "log.jsonl", lines)      # past a checkpoint
+        if kind == signal.SIGTERM:
+            assert "another process works in" in refused(*words)
+        if kind == "saving":
+            kind = signal.SIGKILL
+            while not list(folder.glob(".checkpoint.pt.*")):
+                assert child.poll() is None, "it was not seen saving"
+        if kind == signal.SIGINT:
+            os.killpg(child.pid, kind)                   # as a terminal does
+        else:
+            child.send_signal(kind)
+        _, errors = child.communicate()
+        expected = -kind if kind == signal.SIGKILL else 128 + kind
+        assert child.returncode == expected, errors[-2000:]
+        assert not (folder / "ema.safetensors").exists()
+        if kind != signal.SIGKILL:                       # nothing after the checkpoint was done
+            assert "Traceback" not in errors             # of a killed one its worker may complain
+            step = checkpoint_of(folder)["step"]
+            assert max(line["step"] for line in log_of(folder)) <= step < 120
+    path = folder / "checkpoint.pt"
+    path.write_bytes(path.read_bytes()[:-path.stat().st_size // 2])
+    assert f"{path} is damaged" in command(*words).stdout
+    same_end(through, stopped)
+    assert [path.name for path in folder.glob(".*")] == [".lock"], "what a kill left is gone"
+    (folder / "ema.safetensors").unlink()                # a kill at the very end
+    damaged = bytearray(path.read_bytes())
+    damaged[len(damaged) // 2] ^= 1                      # in the weights, which torch.load believes
+    path.write_bytes(damaged)
+    assert "the checksum of" in command(*words).stdout
+    same_end(through, stopped)
+
+
+def under_a_limit(kilobytes, *words):
+    """The last line of a program that may write no file larger than this; its exit status is 2."""
+    words = shlex.join([sys.executable, *map(str, words)])
+    done = subprocess.run(["bash", "-c", f"ulimit -f {kilobytes}; {words}"], cwd=HERE, text=True,
+                          capture_output=True)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    return last_line(done.stderr)
+
+
+def test_a_full_disk_leaves_the_checkpoint_before(whole, tmp_path):
+    """Training says so when it meets it, sampling before any work."""
+    line = under_a_limit(1000, "sample.py", "--run", whole / "plain", "--num", 400, "--out",
+                         tmp_path / "x.npz")
+    assert "cannot be written" in line and list(tmp_path.iterdir()) == []
+    words = stage(whole, "sit", tmp_path, steps=20, log_every=5, save_every=10)
+    line, folder = under_a_limit(2000, *words), tmp_path / "sit"
+    assert "checkpoint.pt cannot be written at step 10" in line and "make room" in line
+    assert not list(folder.glob("*.pt*"))
+    command(*words)
+    for name in ("checkpoint.pt", "previous.pt"):
+        (folder / name).write_bytes(b"nothing")
+    (folder / "ema.safetensors").unlink()
+    assert "no checkpoint that can be read" in refused(*words)
+
+
+# --------------------------------------------------------------------------------------------------
+# train.py: images
 
 @pytest.mark.parametrize("width, height, size, seed, digest", [
     (500, 375, 256, 1, "4311b12bc5c3918d5d3d6aa8568714643d13d2aaae83f3af4775738f93d1b073"),
@@ -2299,23 +2681,6 @@ def test_an_image_that_cannot_be_read_is_named(tmp_path, kind):
     (tmp_path / "x.png").write_bytes(odd_image(kind))
     with pytest.raises(train.DataError, match="x.png cannot be read .*: mend or remove it"):
         train.ImageFolder(tmp_path, "all", 8).image(0)
-
-
-def write_images(root, folders=("train/b", "train/a", "test/b", "test/a"), count=12):
-    """Plain colours that tell class and number, in class folders."""
-    for folder in folders:
-        (root / folder).mkdir(parents=True, exist_ok=True)
-        for i in range(count):
-            color = (200, 50, 10 * i) if folder.endswith("a") else (10 * i, 50, 200)
-            Image.new("RGB", (40, 36), color).save(root / folder / f"{i:03}.png")
-    return root
-
-
-def zipped(root, path, method=zipfile.ZIP_STORED):
-    with zipfile.ZipFile(path, "w", method) as archive:
-        for file in sorted(root.rglob("*.png")):
-            archive.write(file, file.relative_to(root))
-    return path
 
 
 @pytest.mark.parametrize("folders, classes, count, held_out", [
@@ -2388,6 +2753,33 @@ def test_a_zip_that_lies_is_found_out(tmp_path, method, field, bit, says):
         train.ImageFolder(path, "all", 8).image(0)
 
 
+@pytest.mark.parametrize("kind, says", [
+    ("missing", "no folder and no .zip"), ("text", "no folder and no .zip"),
+    ("broken zip", "is a broken .zip"), ("empty", "has no images"),
+    ("other classes", "train/ and test/ have other classes, ['c']"), ("damaged", "cannot be read")])
+def test_bad_data_is_refused(tmp_path, kind, says):
+    data = tmp_path / "data"
+    if kind == "text":
+        data.write_text("not a zip")
+    elif kind == "broken zip":
+        zipped(write_images(tmp_path / "images", ["a"], 2), data)
+        data.write_bytes(data.read_bytes().replace(b"PK\1\2", b"PK\1\1"))
+    elif kind == "empty":
+        (data / "train" / "a").mkdir(parents=True)
+    elif kind == "other classes":
+        write_images(data, ["train/a", "train/b", "test/a", "test/b", "test/c"], 1)
+    elif kind == "damaged":
+        for path in write_images(data, ["a"], 4).rglob("*.png"):
+            path.write_bytes(b"\x89PNG but not really")
+    words = ["--data", data, "--out", tmp_path / "run"]
+    workers = ["--workers", 1] if kind == "damaged" else []          # which find it out
+    for program in (["train.py", "--stage", "vae", *SMALL, *workers], ["demo.teacher", "judge"]):
+        line = refused(*program, *words)
+        assert says in line and str(data) in line
+        assert not list((tmp_path / "run").rglob("*.safetensors"))
+        assert kind == "damaged" or not (tmp_path / "run").exists()
+
+
 def test_every_image_comes_once_an_epoch_whatever_the_processes(monkeypatch):
     cfg = train.Config(batch_size=4, seed=1, steps=10)   # 40 positions: four epochs of ten images
     alone = list(train.keys_of_steps(10, True, cfg, 0))
@@ -2405,269 +2797,44 @@ def test_every_image_comes_once_an_epoch_whatever_the_processes(monkeypatch):
 
 
 # --------------------------------------------------------------------------------------------------
-# The programs, as users run them
+# train.py: folders of stages, and what one stage hands to the next
 
-MAIN = {"train.py": train.main, "sample.py": sample.main, "fid.py": fid.main,
-        "demo.teacher": demo.teacher.main, "demo.pictures": demo.pictures.main,
-        "demo.report": demo.report.main, "demo.study": demo.study.main}
+def test_missing_and_foreign_inputs_are_refused(whole, tmp_path):
+    out, x = copy_of(whole, tmp_path / "lane", "vae", "latents"), ["--out", tmp_path / "x.npz"]
+    for name, flags, says in (
+            ("vae", {}, "holds a run with steps = 6, not 1400"),
+            ("sit", {"model": "SiT-Huge/2"}, "SiT-SIZE/PATCH"),
+            ("sit", {"vae": whole / "aligned" / "align"}, "another autoencoder"),
+            ("latents", {"vae": whole / "aligned" / "align"}, "holds a run with vae"),
+            ("sit", {"latents": tmp_path}, "--stage latents"),
+            ("align", {"teacher_size": 30}, "multiple of the teacher's patches"),
+            ("align", {"init": tmp_path}, "config.json"),
+            ("align", {"teacher": tmp_path}, "config.json not found")):
+        assert says in refused(*stage(whole, name, out, **flags))
+    assert "steps = 6, not 7" in refused("demo.teacher", "judge", "--data", whole / "scenes.zip",
+                                         "--out", whole / "judge", "--steps", 7)
+    assert "not found" in refused("demo.report", "--out", tmp_path)
 
-
-def start(*words, launch=(), env=None, **options):
-    """A program of ours in a process of its own, or in those of `launch`."""
-    module = [] if str(words[0]).endswith(".py") else ["-m"]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
-    if launch:                                           # two processes want two GPUs, or none
-        env["CUDA_VISIBLE_DEVICES"] = ""
-    return subprocess.Popen([sys.executable, *launch, *module, *map(str, words)], cwd=HERE, env=env,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
-
-
-def torchrun(processes, *flags):
-    return ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", *flags,
-            "--"]
-
-
-def command(*words, check=True, processes=1, fresh=False, **env):
-    """Run a program of ours to its end, in this process where processes are not what is tested."""
-    if processes > 1 or fresh:
-        with both_cores():
-            done = start(*words, launch=torchrun(processes) if processes > 1 else (), env=env)
-            done.stdout, done.stderr = done.communicate(timeout=400)
-    else:
-        done, (out, err) = SimpleNamespace(returncode=0), (io.StringIO(), io.StringIO())
-        words, dtype = [str(word) for word in words], torch.get_default_dtype()
-        handlers = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)}
-        urllib.request.install_opener(None)              # so that proxies are read anew
-        with (mock.patch.dict(os.environ, env), mock.patch.object(sys, "argv", words),
-              contextlib.chdir(HERE), contextlib.redirect_stdout(out),
-              contextlib.redirect_stderr(err)):
-            try:
-                MAIN[words[0]]()
-            except SystemExit as ended:
-                done.returncode = ended.code or 0
-        for number, handler in handlers.items():         # from here on as at the end of a process
-            signal.signal(number, handler)
-        train.locks.clear()
-        torch.set_default_dtype(dtype)
-        urllib.request.install_opener(None)
-        done.stdout, done.stderr = out.getvalue(), err.getvalue()
-    assert not check or done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    return done
-
-
-def last_line(text):
-    return [line for line in text.splitlines() if line.strip()][-1]
-
-
-def refused(program, *words, **env):
-    """The line with which a program refuses what it was given, with exit status 2."""
-    done = command(program, *words, check=False, **env)
-    assert done.returncode == 2, done.stderr[-2000:]
-    return last_line(done.stderr)
-
-
-DEMO = ["--scenes", 900, "--steps", 6, "--num", 20]
-SMALL = ["--preset", "small", "--no-flip", "--latent-channels", 4, "--channels", 8, 16, 16,
-         "--align-hidden", 16, "--batch-size", 8]
-
-
-@pytest.fixture(scope="session")
-def whole(tmp_path_factory):
-    """The folder of a finished tiny demo. The first of pytest's processes makes it for all."""
-    base = tmp_path_factory.getbasetemp()
-    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
-    out = base / "whole"
-    with open(base / "whole.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not (base / "whole.txt").is_file():
-            done = command("demo", "--out", out, *DEMO, fresh=True)
-            assert "Traceback" not in done.stderr
-            (base / "whole.txt").write_text(done.stdout)
-    return out
-
-
-def stage(whole, name, out, *words, **flags):
-    """The words of a tiny stage on the demo's scenes, teacher and plain latents."""
-    for flag, value in flags.items():
-        words += f"--{flag.replace('_', '-')}", value
-    inputs = {"data": "scenes.zip", "teacher": "teacher", "vae": "plain/vae",
-              "latents": "plain/latents"}
-    inputs = [word for flag, path in inputs.items() for word in (f"--{flag}", whole / path)]
-    return ["train.py", "--stage", name, *SMALL, *inputs, "--out", out, *words]
-
-
-def copy_of(whole, folder, *stages):
-    """A copy of the demo's plain lane with some of its stages."""
-    for name in stages:
-        shutil.copytree(whole / "plain" / name, folder / name)
-    return folder
-
-
-def checkpoint_of(folder):
-    return torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)
-
-
-def log_of(folder):
-    """The lines of a stage's log, without what tells of the machine."""
-    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in demo.pictures.SPEED} for line in lines]
-
-
-def test_the_demo_writes_a_report_with_all_figures_and_pictures(whole):
-    figures, text = train.read_json(whole / "report.json"), (whole / "report.md").read_text()
-    plain, said = figures["plain"], whole.with_suffix(".txt").read_text()
-    for word, count in {"reconstructions": 4, "cosine": 2, "probe": 1, "guidance": 6, "FD": 5,
-                        "from latents": 2, "generated latents": 2}.items():
-        assert sum(word in name for name in plain) == count
-    assert all(name in text and name in said for name in plain) and len(plain) == 15
-    assert plain.keys() == figures["aligned"].keys()
-    assert np.isfinite([*plain.values(), *figures["aligned"].values()]).all()
-    assert ("is reached" in text) != ("is not reached" in text)
-    names = [name.split(")")[0] for name in text.split("](")[1:]]
-    assert {"reconstructions.png", "samples.png", "samples-guided.png", "tasks.png",
-            "embedding.png", "aligned/samples-tasks.png"} <= set(names)
-    for name in names:
-        picture = Image.open(whole / name)
-        colors = picture.resize((50, 50)).getcolors(2500)
-        assert picture.width > 100 and len(colors) > 5, f"{name} is blank"
-    for name in ("scenes", "teacher", "judge", "plain/vae", "aligned/align", "aligned/samples"):
-        assert f"| {name} |" in text
-
-
-def test_the_demo_does_nothing_twice(whole):
-    """Its commands are printed, and each says that it is done already."""
-    endings = ("safetensors", "npz", "npy", "pth")
-    files = [path for ending in endings for path in whole.rglob(f"*.{ending}")]
-    written = {path: path.stat().st_mtime_ns for path in files}
-    said = command("demo", "--out", whole, *DEMO, fresh=True).stdout
-    assert len(written) >= 16 and said.count("is done already") == 13        # stages and samples
-    assert said.count("$ python train.py") == 5 and said.count("$ python sample.py") == 4
-    assert written == {path: path.stat().st_mtime_ns for path in written}
-
-
-def test_the_demo_takes_images_of_ones_own(whole, tmp_path):
-    """They have no masks and no depth: its report has the other figures."""
-    shutil.copy(whole / "scenes.zip", tmp_path / "solids.zip")
-    command("demo", "--data", tmp_path / "solids.zip", "--out", tmp_path / "run", "--steps", 3,
-            "--num", 20, fresh=True)
-    figures = train.read_json(tmp_path / "run" / "report.json")
-    assert figures["aligned"]["FD of samples, no guidance"] >= 0
-    assert "masks from latents, mIoU" not in figures["plain"]
-    moments = np.load(tmp_path / "run" / "plain" / "latents" / "moments.npy", mmap_mode="r")
-    assert moments.shape[:2] == (2, 900) and not np.array_equal(*moments), "also mirrored"
-    assert list(np.load(tmp_path / "run" / "aligned" / "samples-tasks.npz")) == ["features"]
-
-
-def test_without_flags_train_py_is_the_demo_in_a_folder_of_its_own():
-    for words, out in (([], "runs/scenes"), (["--data", "x/cats.zip"], "runs/cats")):
-        assert demo.__main__.parse_arguments(words).out == Path(out)
-    script = "import os, train; os.execv = lambda *given: print(given); train.main([])"
-    done = subprocess.run([sys.executable, "-c", script], cwd=HERE, capture_output=True, text=True)
-    assert repr([sys.executable, "-m", "demo"]) in done.stdout
-    assert "--stage" in refused("train.py", "--data", "x")
-
-
-def test_weights_of_a_run_are_in_published_formats(whole):
-    theirs = diffusers.AutoencoderKL.from_pretrained(whole / "aligned" / "align")
-    assert len(theirs.config.latents_std) == 8
-    checkpoint = checkpoint_of(whole / "plain" / "sit")
-    assert set(checkpoint) == {"step", "log", "net", "ema", "opt"} and checkpoint["step"] == 6
-    source = sample.load_run(whole / "plain", "sit")
-    assert source.module is sit and source.model.num_classes == 10 and source.classes[8] == "torus"
-
-
-def test_latents_are_normalised_by_their_own_statistics(whole):
-    """meta.json has mean and deviation of samples of q(z | x); sit and sample.py use these."""
-    latents = train.Latents(whole / "plain" / "latents")
-    assert latents.moments.shape == (1, 900, 16, 8, 8)
-    mean, std = torch.from_numpy(latents.moments[0].astype(np.float32)).chunk(2, dim=1)
-    z = one_deviation_off(mean, std)
-    autoencoder = sample.load_run(whole / "plain", "sit").vae
-    for name, measured in (("mean", z.mean((0, 2, 3))), ("std", z.std((0, 2, 3)))):
-        found = getattr(latents, name)
-        torch.testing.assert_close(torch.tensor(found), measured, atol=3e-3, rtol=0)
-        assert autoencoder.config[f"latents_{name}"] == found
-    x = autoencoder.normalize(z)
-    torch.testing.assert_close(x.mean((0, 2, 3)), torch.zeros(8), atol=3e-3, rtol=0)
-    torch.testing.assert_close(x.std((0, 2, 3)), torch.ones(8), atol=3e-3, rtol=0)
-
-
-def test_statistics_keep_their_digits_where_a_mean_is_large():
-    rng = np.random.default_rng(0)
-    moments = np.empty((2, 300, 4, 4, 4), np.float16)    # 300: not a whole number of blocks
-    moments[:, :, 0] = rng.normal(100, 0.3, (2, 300, 4, 4))
-    moments[:, :, 1] = rng.normal(-1, 2, (2, 300, 4, 4))
-    moments[:, :, 2], moments[:, :, 3] = 0.4, rng.uniform(0, 1, (2, 300, 4, 4))
-    means, stds = np.split(moments.astype(np.float64), 2, axis=2)
-    variance = means.var((0, 1, 3, 4)) + (stds ** 2).mean((0, 1, 3, 4))
-    mean, std = train.statistics(moments, "channel")
-    np.testing.assert_allclose(mean, means.mean((0, 1, 3, 4)), rtol=1e-12)
-    np.testing.assert_allclose(std, np.sqrt(variance), rtol=1e-9)
-    assert std[0] == pytest.approx(0.5, abs=0.01)        # sqrt(0.3^2 + 0.4^2)
-    mean, std = train.statistics(moments, "one")         # Stable Diffusion's: no mean, one scale
-    z = means + stds * rng.standard_normal(stds.shape)
-    assert mean == [0, 0] and std[0] == std[1] == pytest.approx(z.std(), rel=0.01)
-
-
-def until_it_has_logged(child, log, lines):
-    while not (log.is_file() and len(log.read_text().splitlines()) >= lines):
-        assert child.poll() is None, "it ended before it was stopped"
-        time.sleep(0.01)
-
-
-def same_end(a, b):
-    """Two runs of SiT with the same weights, averages, optimiser and log, bit for bit."""
-    a, b = a / "sit", b / "sit"
-    assert (a / "ema.safetensors").read_bytes() == (b / "ema.safetensors").read_bytes()
-    assert log_of(a) == log_of(b)
-    a, b = (checkpoint_of(folder)["opt"]["state"] for folder in (a, b))
-    for name, state in a.items():
-        assert all(torch.equal(value, b[name][key]) for key, value in state.items())
-
-
-def test_a_stopped_stage_ends_like_one_that_ran_through(whole, tmp_path):
-    """Killed between checkpoints, its workers left behind; killed while saving; asked to stop,
-    between two lines of the log, also by Ctrl-C while workers load; its last checkpoint cut off, or
-    with one bit flipped. While it lives nobody else may work in its folder."""
-    through, stopped = tmp_path / "a", tmp_path / "b"
-    flags = dict(steps=120, log_every=5, save_every=10)
-    command(*stage(whole, "sit", through, **flags))
-    words, folder = stage(whole, "sit", stopped, **flags), stopped / "sit"
-    folder.mkdir(parents=True)                           # killed before it saved, within a line
-    (folder / "log.jsonl").write_text('{"step": 5, "loss": 1}\n{"step": 1')
-    for kind, lines, workers in ((signal.SIGKILL, 5, 1), ("saving", 9, 0), (signal.SIGTERM, 13, 0),
-                                 (signal.SIGINT, 16, 1)):
-        child = start(*words, "--workers", workers, start_new_session=True)
-        until_it_has_logged(child, folder / "log.jsonl", lines)      # past a checkpoint
-        if kind == signal.SIGTERM:
-            assert "another process works in" in refused(*words)
-        if kind == "saving":
-            kind = signal.SIGKILL
-            while not list(folder.glob(".checkpoint.pt.*")):
-                assert child.poll() is None, "it was not seen saving"
-        if kind == signal.SIGINT:
-            os.killpg(child.pid, kind)                   # as a terminal does
-        else:
-            child.send_signal(kind)
-        _, errors = child.communicate()
-        expected = -kind if kind == signal.SIGKILL else 128 + kind
-        assert child.returncode == expected, errors[-2000:]
-        assert not (folder / "ema.safetensors").exists()
-        if kind != signal.SIGKILL:                       # nothing after the checkpoint was done
-            assert "Traceback" not in errors             # of a killed one its worker may complain
-            step = checkpoint_of(folder)["step"]
-            assert max(line["step"] for line in log_of(folder)) <= step < 120
-    path = folder / "checkpoint.pt"
-    path.write_bytes(path.read_bytes()[:-path.stat().st_size // 2])
-    assert f"{path} is damaged" in command(*words).stdout
-    same_end(through, stopped)
-    assert [path.name for path in folder.glob(".*")] == [".lock"], "what a kill left is gone"
-    (folder / "ema.safetensors").unlink()                # a kill at the very end
-    damaged = bytearray(path.read_bytes())
-    damaged[len(damaged) // 2] ^= 1                      # in the weights, which torch.load believes
-    path.write_bytes(damaged)
-    assert "the checksum of" in command(*words).stdout
-    same_end(through, stopped)
+    run = copy_of(whole, tmp_path / "retrained", "vae", "sit")
+    (run / "vae" / "diffusion_pytorch_model.safetensors").write_bytes(b"other weights")
+    settings, path = train.read_json(run / "sit" / "settings.json"), run / "sit" / "settings.json"
+    train.write_json({**settings, "vae": "gone/vae"}, path)
+    assert "is not the autoencoder" in refused("sample.py", "--run", run, *x)
+    path.write_text('{"vae": ')
+    assert "settings.json is damaged" in refused("sample.py", "--run", run, *x)
+    shutil.copytree(whole / "plain" / "sit", out / "sit")
+    settings = train.read_json(out / "sit" / "settings.json")
+    train.write_json({**settings, "vae": str(out / "vae")}, out / "sit" / "settings.json")
+    for words, says in (
+            (["--run", tmp_path, *x], "--stage sit"),
+            (["--run", out, *x, "--tasks", "features"], "stage align"),
+            (["--run", out, *x, "--num", 0], "at least 1"),
+            (["--run", out, *x, "--metrics", "psnr"], "--metrics is only for --reconstruct"),
+            (["--run", out, *x, "--sampler", "ddpm"], "sampler 'ddpm' is not known: choose euler"),
+            (["--run", whole / "plain", "--num", 20, "--latents", "--out",
+              whole / "plain" / "samples.npz"], "num_steps = 8, not 50")):
+        assert says in refused("sample.py", *words)
+    assert not (tmp_path / "x.npz").exists()
 
 
 def kill_at_work(words, work, rows):
@@ -2710,185 +2877,8 @@ def test_killed_encoding_goes_on_where_it_stopped(whole, tmp_path):
     assert torch.equal(a.labels, b.labels) and a.classes == b.classes
 
 
-def test_what_is_not_finite_stops_a_stage(whole, tmp_path):
-    """Training, with the last good checkpoint named and none after it; encoding, with images."""
-    cfg = train.resolve("sit", dict(out="x", batch_size=8, steps=60))
-    batches = [{i for i, _ in keys} for keys in train.keys_of_steps(900, False, cfg, 0)]
-    for name, images in (("one", [min(batches[12])]), ("all", slice(None))):
-        latents = copy_of(whole, out := tmp_path / name, "latents") / "latents"
-        moments = np.load(latents / "moments.npy", mmap_mode="r+")
-        moments[0, images] = np.nan
-        moments.flush()
-        flags = dict(steps=60, log_every=5, save_every=5, latents=latents)
-        line = refused(*stage(whole, "sit", out, **flags))
-        path = out / "sit" / "checkpoint.pt"
-        good = f"the last good checkpoint is {path}" if name == "one" else "no checkpoint yet"
-        assert "is not finite in the last 5 steps" in line and good in line
-        assert path.is_file() == (name == "one")
-    state = checkpoint_of(tmp_path / "one" / "sit")
-    assert state["step"] == 10
-    assert all(x.isfinite().all() for part in ("net", "ema") for x in state[part].values())
-    autoencoder = vae.AutoencoderKL.from_pretrained(whole / "plain" / "vae")
-    autoencoder.quant_conv.bias.data[0] = 1e5            # more than float16 holds
-    autoencoder.save_pretrained(tmp_path / "vae")
-    line = refused(*stage(whole, "latents", tmp_path, vae=tmp_path / "vae"))
-    assert "latents of images 0 to 7 are not finite, or beyond float16" in line
-    assert not (tmp_path / "latents" / "meta.json").exists()
-
-
-def test_options_of_the_optimiser_do_what_they_say(whole, tmp_path):
-    """A tiny limit on the gradient leaves nothing of a step but the decay of weights; labels are
-    dropped as often as stated; and a compiled network learns the same."""
-    def compiled(net):                                   # needs no compiler of C++
-        net._compiled_call_impl = torch.compile(net._call_impl, backend="aot_eager")
-
-    states = {}
-    for name, options in {"plain": [], "decay": ["--clip", 1e-20, "--weight-decay", 0.5],
-                          "compiled": ["--compile"], "dropped": ["--label-dropout", 1]}.items():
-        flags = dict(steps=4, lr=0.01, warmup=0, decay=1)
-        with mock.patch.object(nn.Module, "compile", compiled):
-            command(*stage(whole, "sit", tmp_path / name, *options, **flags))
-        states[name] = checkpoint_of(tmp_path / name / "sit")["net"]
-    cfg = train.resolve("sit", dict(out="x", preset="small"))
-    first, _ = train.new_transformer(cfg, train.Latents(whole / "plain" / "latents"))
-    first, last = first.state_dict(), "final_layer.linear.weight"    # the last one begins at zero
-    assert states["decay"][last].abs().max() < 1e-9 < 1e-3 < states["plain"][last].abs().max()
-    name, table = "blocks.0.mlp.fc1.weight", "y_embedder.embedding_table.weight"
-    torch.testing.assert_close(states["decay"][name], first[name] * (1 - 0.01 * 0.5) ** 4)
-    for key, value in states["plain"].items():
-        torch.testing.assert_close(states["compiled"][key], value, rtol=1e-3, atol=1e-5)
-    moved = (states["dropped"][table] != first[table]).any(1)
-    assert moved.tolist() == [False] * 10 + [True]
-    assert (states["plain"][table] != first[table]).any(1)[:10].any()
-
-
-def test_defaults_are_the_papers():
-    """ImageNet at 256 px, as the official trainings of SiT and DiT; a flag stands above them."""
-    for name, network in (("sit", "SiT"), ("dit", "DiT")):
-        cfg = train.resolve(name, dict(data="imagenet"))
-        assert (cfg.model, cfg.steps, cfg.batch_size) == (f"{network}-XL/2", 400_000, 256)
-        assert (cfg.lr, cfg.weight_decay, cfg.clip, cfg.warmup, cfg.decay) == (1e-4, 0, 0, 0, 1)
-        assert (cfg.ema, cfg.label_dropout, cfg.image_size) == (0.9999, 0.1, 256)
-        assert train.resolve(name, dict(data="imagenet", lr=3e-4)).lr == 3e-4
-    cfg = train.resolve("align", dict(data="folder/imagenet.zip"))
-    assert cfg.channels == (128, 256, 512, 512) and cfg.out == "runs/imagenet"
-    told = command("train.py", "--help").stdout
-    for group in ("run", "data", "training", "autoencoder", "alignment", "diffusion"):
-        assert f"\n{group}:\n" in told
-    assert "--align-form" not in told, "what only an ablation changes is no flag"
-
-
-def test_a_dry_run_checks_everything_and_writes_nothing(whole, tmp_path):
-    words = stage(whole, "align", tmp_path / "x", "--dry-run")
-    said = command(*words).stdout
-    assert "M parameters" in said and '"steps": 1400' in said and "900 images of 10 classes" in said
-    assert "teacher's patches" in refused(*words, "--teacher-size", 30)
-    assert not (tmp_path / "x").exists()
-
-
-def test_several_stages_follow_each_other_and_none_is_done_twice(tmp_path):
-    """Also with both flips, of images without class folders, in bfloat16; weights are float32."""
-    root, out = write_images(tmp_path / "solids", ["."], 40), tmp_path / "run"
-    words = ["train.py", "--stage", "vae", "latents", "sit", "dit", *SMALL, "--data", root, "--out",
-             out, "--flip", "--steps", 2, "--precision", "bf16", "--gradient-checkpointing"]
-    assert "done already" not in command(*words).stdout
-    assert np.load(out / "latents" / "moments.npy", mmap_mode="r").shape == (2, 38, 8, 8, 8)
-    assert sample.load_run(out, "dit").classes == ["solids"]
-    for name in ("vae", "sit", "dit"):
-        net = checkpoint_of(out / name)["net"]
-        assert {value.dtype for value in net.values()} == {torch.float32}
-    assert command(*words).stdout.count("is done already") == 4
-
-
-def test_an_autoencoder_that_is_frozen_stays_as_it_is(whole, tmp_path):
-    """--init FOLDER --freeze: not a bit of it moves, and the MLPs learn to read it."""
-    plain, name = whole / "plain", "diffusion_pytorch_model.safetensors"
-    for file in (name, "config.json"):
-        assert (plain / "vae" / file).read_bytes() == (plain / "align" / file).read_bytes()
-    words = stage(whole, "align", tmp_path, "--freeze", init=plain / "vae", align_hidden=64,
-                  steps=40, warmup=0, log_every=10, save_every=40)
-    command(*words[:3], "latents", *words[3:])           # as README has it: its latents too
-    assert (tmp_path / "latents" / "meta.json").is_file()
-    assert (tmp_path / "align" / name).read_bytes() == (plain / "vae" / name).read_bytes()
-    *lines, figures = log_of(tmp_path / "align")
-    a, b, c, d = (line["align"] for line in lines)
-    assert c + d < a + b - 0.1 and "mse" not in lines[0]
-    assert figures.keys() == {"step", "held_out_psnr", "held_out_cos_patch", "held_out_cos_cls"}
-
-
-def test_torchrun_starts_again_what_one_process_lost(whole, tmp_path):
-    """A signal reaches one of two processes: asked to stop, both save at the same step; killed,
-    both end. torchrun starts them again, also while workers of the dead one are about."""
-    flags = dict(steps=90, log_every=5, save_every=10)
-    through = tmp_path / "through"
-    command(*stage(whole, "sit", through, **flags), processes=2)
-    for kind, rank, told in ((signal.SIGTERM, 1, "143"), (signal.SIGKILL, 0, "-9")):
-        stopped = tmp_path / told
-        with both_cores():
-            child = start(*stage(whole, "sit", stopped, workers=1, **flags),
-                          launch=torchrun(2, "--max-restarts=1"))
-            until_it_has_logged(child, stopped / "sit" / "log.jsonl", 5)
-            children = Path(f"/proc/{child.pid}/task/{child.pid}/children").read_text().split()
-            ranks = {int(pid): Path(f"/proc/{pid}/environ").read_bytes() for pid in children}
-            os.kill(next(pid for pid, environ in ranks.items()
-                         if f"\0RANK={rank}\0".encode() in environ), kind)
-            _, errors = child.communicate()
-        assert child.returncode == 0 and told in errors, errors[-3000:]
-        same_end(through, stopped)
-
-
-def test_a_stage_goes_on_with_more_and_with_fewer_processes(whole, tmp_path):
-    """What one process saved between two lines of the log goes on as two, and the other way."""
-    words, folder = stage(whole, "sit", tmp_path, steps=6, log_every=2), tmp_path / "sit"
-    words += "--save-every", 2
-    command(*words)
-    log = log_of(folder)
-    for saved, processes in ((1, 2), (2, 1)):            # after step 4, as if the line were due
-        state = torch.load(folder / "previous.pt", weights_only=True)
-        state["log"] = {"loss": (1.0 * saved, saved), "gradient": (1.0 * saved, saved)}
-        torch.save(state, folder / "checkpoint.pt")
-        (folder / "ema.safetensors").unlink()
-        command(*words, processes=processes)
-        again = log_of(folder)
-        assert again[:2] == log[:2] and again[2]["step"] == 6
-        mixed = (saved + 2 * processes * log[2]["loss"]) / (saved + 2 * processes)
-        assert again[2]["loss"] == pytest.approx(mixed, rel=1e-4)
-
-
-def under_a_limit(kilobytes, *words):
-    """The last line of a program that may write no file larger than this; its exit status is 2."""
-    words = shlex.join([sys.executable, *map(str, words)])
-    done = subprocess.run(["bash", "-c", f"ulimit -f {kilobytes}; {words}"], cwd=HERE, text=True,
-                          capture_output=True)
-    assert done.returncode == 2 and "Traceback" not in done.stderr
-    return last_line(done.stderr)
-
-
-def test_a_full_disk_leaves_the_checkpoint_before(whole, tmp_path):
-    """Training says so when it meets it, sampling before any work."""
-    line = under_a_limit(1000, "sample.py", "--run", whole / "plain", "--num", 400, "--out",
-                         tmp_path / "x.npz")
-    assert "cannot be written" in line and list(tmp_path.iterdir()) == []
-    words = stage(whole, "sit", tmp_path, steps=20, log_every=5, save_every=10)
-    line, folder = under_a_limit(2000, *words), tmp_path / "sit"
-    assert "checkpoint.pt cannot be written at step 10" in line and "make room" in line
-    assert not list(folder.glob("*.pt*"))
-    command(*words)
-    for name in ("checkpoint.pt", "previous.pt"):
-        (folder / name).write_bytes(b"nothing")
-    (folder / "ema.safetensors").unlink()
-    assert "no checkpoint that can be read" in refused(*words)
-
-
-@pytest.fixture(scope="session")
-def lpips_cache(tmp_path_factory):
-    """A cache folder with weights of LPIPS under their published names."""
-    folder, lpips = tmp_path_factory.mktemp("cache"), filled_lpips(2 ** 0.5)
-    vgg = {f"features.{name}": value for name, value in lpips.features.state_dict().items()}
-    torch.save(vgg, folder / "vgg16-397923af.pth")
-    shutil.copy(published_lin(), folder / "vgg.pth")
-    return str(folder)
-
+# --------------------------------------------------------------------------------------------------
+# train.py: processes
 
 GAN = ["--disc-weight", 0.5, "--disc-start", 1]
 
@@ -2935,228 +2925,59 @@ def test_two_processes_train_like_one(whole, tmp_path, lpips_cache, monkeypatch,
         assert {"gan", "d_weight", "discriminator", "discriminator_gradient"} <= last.keys()
 
 
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        return probe.getsockname()[1]
-
-
-def test_every_option_of_the_alignment(whole, tmp_path):
-    """From another autoencoder, to tokens of another grid, before the norm, by an adaptive weight;
-    what is no flag is set from Python."""
-    plain = whole / "plain" / "vae"
-    words = stage(whole, "align", tmp_path, "--align-adaptive", init=plain, steps=2, log_every=1,
-                  save_every=1, teacher_size=48, pool=1, lr=1e-9)
-    train.main([str(word) for word in words[1:]], align_form="cosine", target="prenorm",
-               standardize=False)
-    out = tmp_path / "align"
-    config, settings = (train.read_json(out / f"{name}.json") for name in ("heads", "settings"))
-    assert config["grid"] == [12, 12] and config["target"] == "prenorm" and config["pool"] == 1
-    assert settings["align_form"] == "cosine" and settings["channels"] == [8, 32, 48]
-    for step in (1, 2):
-        line = {k: v for line in log_of(out) if line["step"] == step for k, v in line.items()}
-        assert {"mse", "kl", "align_factor", "l1_patch", "l1_cls", "held_out_psnr",
-                "held_out_cos_patch", "held_out_cos_cls"} <= line.keys()
-        expected = 2 - line["cos_patch"] - line["cos_cls"]
-        assert line["align"] == pytest.approx(expected, rel=1e-4)
-    before, after = (vae.AutoencoderKL.from_pretrained(folder).state_dict()
-                     for folder in (plain, out))
-    for name, value in before.items():
-        torch.testing.assert_close(after[name], value, rtol=0, atol=1e-6)
-    heads, z = sample.load_heads(out), torch.randn(2, 8, 8, 8)
-    assert (heads.patch_std == 1).all() and (heads.cls_mean == 0).all()
-    raw, normed = (heads.feature_map(z, normed=normed).flatten(2).mT for normed in (False, True))
-    torch.testing.assert_close(normed, align.load_teacher(whole / "teacher").norm(raw))
-
-
-def test_settings_of_the_ablations_do_what_they_say(whole, tmp_path):
-    """The log tells the parts of the align loss; shuffled targets are those of other images; one
-    scale makes latents of deviation 1 over all channels; transformers can share latents."""
-    first = {}
-    for name, settings in {"both": {}, "patch": {"cls_weight": 0.0}, "cls": {"patch_weight": 0.0},
-                           "shuffled": {"shuffle_targets": True}}.items():
-        _, *words = stage(whole, "align", tmp_path / name, steps=1, log_every=1, save_every=1)
-        command("demo.study", "stage", json.dumps(settings), *words)
-        first[name] = log_of(tmp_path / name / "align")[0]
-    both, (w_cos, w_l1) = first["both"], align.FORMS["both"]
-    d = {part: w_cos * (1 - both[f"cos_{part}"]) + w_l1 * both[f"l1_{part}"]
-         for part in ("patch", "cls")}
-    assert both["align"] == pytest.approx(d["patch"] + d["cls"], rel=1e-5)
-    assert first["patch"]["align"] == pytest.approx(d["patch"], rel=1e-5)
-    assert first["cls"]["align"] == pytest.approx(d["cls"], rel=1e-5)
-    assert first["shuffled"]["mse"] == both["mse"]
-    assert abs(first["shuffled"]["align"] - both["align"]) > 1e-3
-    _, *words = stage(whole, "latents", tmp_path)
-    command("demo.study", "stage", '{"latent_scale": "one"}', *words)
-    command(*stage(whole, "sit", tmp_path / "other", latents=tmp_path / "latents", steps=1))
-    moments = torch.from_numpy(np.load(tmp_path / "latents" / "moments.npy")[0]).float()
-    mean, std = moments.chunk(2, dim=1)
-    x = sample.load_run(tmp_path / "other", "sit").vae.normalize(one_deviation_off(mean, std))
-    assert x.std().item() == pytest.approx(1, abs=3e-3) and x.std((0, 2, 3)).std() > 0.01
-
-
-def test_a_published_teacher_and_heads_of_ones_own(whole, tmp_path, vits):
-    """DINOv2 and a head by their published names in the cache; heads trained on a folder of images,
-    masks and depth; pictures of what they see; what is wrong with a mask is said."""
-    cache, data, heads = (tmp_path / name for name in ("cache", "data", "heads"))
-    cache.mkdir()
-    torch.save(vits["dinov2_vits14"].state_dict(), cache / "dinov2_vits14_pretrain.pth")
-    weights = align.SegmentationHead(384, 21).state_dict()
-    torch.save({f"decode_head.{name}": value for name, value in weights.items()},
-               cache / "dinov2_vits14_voc2012_linear_head.pth")
-    images, _, masks, depth = demo.scenes.draw_scenes(0, np.arange(40), 40)
-    arrays = {"images": images.movedim(1, 3).numpy(), "masks": masks.numpy(),
-              "depth": (1000 * depth).numpy().astype(np.uint16)}     # millimetres
-    for kind, array in arrays.items():
-        (data / kind).mkdir(parents=True)
-        for i, picture in enumerate(array):
-            Image.fromarray(picture).save(data / kind / f"{i:02}.png")
-    (data / "classes.txt").write_text("\n".join(demo.scenes.SEGMENTS) + "\n")
-    env = {"REALS_CACHE": str(cache)}
-    command(*stage(whole, "align", tmp_path, data=data / "images", steps=2, teacher_size=28,
-                   teacher="dinov2_vits14"), **env)
-    config = train.read_json(tmp_path / "align" / "heads.json")
-    assert config["fold"] == 4                           # 8 cells, 2 tokens a side
-    words = ["demo.teacher", "heads", data, "--teacher", "dinov2_vits14", "--teacher-size", 28,
-             "--steps", 5, "--batch-size", 8, "--out"]
-    command(*words, heads, **env)
-    assert "is done already" in command(*words, heads, **env).stdout
-    found = sample.load_task_heads([heads])
-    assert tuple(found.classes) == demo.scenes.SEGMENTS
-    assert found.depth.bins[-1] == pytest.approx(12, abs=0.1)
-    x, seen, metres = demo.teacher.DenseFolder(data, 40).__getitems__([(0, False), (3, False)])
-    assert torch.equal(x, images[[0, 3]]) and torch.equal(seen, masks[[0, 3]].long())
-    torch.testing.assert_close(metres, depth[[0, 3]], rtol=0, atol=0.001)
-
-    picture = ["demo.pictures", "features", data / "images", "--vae", tmp_path / "align", "--num",
-               2, "--split", "all", "--out", tmp_path / "features.png"]
-    for sources in ([heads], ["dinov2_vits14_voc2012_linear_head", heads]):
-        command(*picture, "--heads", *sources, **env)
-        assert Image.open(tmp_path / "features.png").width > 800
-    assert "width 96" in refused(*picture, "--heads", whole / "teacher", **env)
-    assert "give --teacher" in refused(*picture, "--teacher", whole / "teacher", **env)
-    for bad, says in ((Image.new("RGB", (40, 40)), "has colours"),
-                      (Image.new("L", (40, 20)), "upright, 40 x 40: want the same shape"),
-                      (Image.new("L", (40, 40), 77), "has class 77")):
-        bad.save(data / "masks" / "03.png")
-        assert says in refused(*words, tmp_path / "bad", **env)
-    for file, says in (("masks/03.png", "cannot be read"), ("classes.txt", "not found")):
-        (data / file).unlink()
-        assert says in refused(*words, tmp_path / "bad", **env)
-
-
-def test_what_is_unknown_does_not_count():
-    """Masks of 255 and depth of 0 are in no loss; a batch of them alone is a loss of 0."""
-    g = torch.Generator().manual_seed(0)
-    logits = torch.randn(2, 5, 4, 4, generator=g)
-    depth = torch.rand(2, 4, 4, generator=g) + 1
-    masks, metres = torch.full((2, 4, 4), 255), torch.zeros(2, 4, 4)
-    loss, parts = demo.teacher.dense_loss(logits, depth, masks, metres)
-    assert loss == 0 and set(parts) == {"segment_loss", "depth_loss"}
-    masks[0, 1, 2], metres[1, 3, 0] = 3, 2.0
-    loss, parts = demo.teacher.dense_loss(logits, depth, masks, metres)
-    segment, depth = -logits[0, :, 1, 2].log_softmax(0)[3], (depth[1, 3, 0] / 2).log().square()
-    assert parts["segment_loss"].item() == pytest.approx(segment.item(), rel=1e-5)
-    assert parts["depth_loss"].item() == pytest.approx(depth.item(), rel=1e-5)
-    assert loss.item() == pytest.approx((segment + 5 * depth).item(), rel=1e-5)
-
-
-def test_a_teacher_that_has_changed_is_another_teacher(whole, tmp_path):
-    """Stage align does not count as done with it; one without labels knows depth alone; and one
-    that is begun again ends the same."""
-    folder = tmp_path / "teacher"
-    words = ["demo.teacher", "train", "--data", whole / "scenes.zip", "--out", folder, "--steps", 2]
-    command(*words, "--no-labels")
-    heads, weights = train.read_json(folder / "heads.json"), folder / "dinov2.pth"
-    assert heads["segmentation"] is None and heads["depth"]["max_depth"] == demo.scenes.FAR
-    assert "class_loss" not in log_of(folder)[-1] and "depth_loss" in log_of(folder)[-1]
-    assert "labels = False, not True" in refused(*words)
-    written = weights.read_bytes()
-    weights.unlink()
-    command(*words, "--no-labels")
-    assert weights.read_bytes() == written
-    align_words = stage(whole, "align", tmp_path, teacher=folder, steps=2)
-    command(*align_words)
-    shutil.rmtree(folder)
+def test_a_stage_goes_on_with_more_and_with_fewer_processes(whole, tmp_path):
+    """What one process saved between two lines of the log goes on as two, and the other way."""
+    words, folder = stage(whole, "sit", tmp_path, steps=6, log_every=2), tmp_path / "sit"
+    words += "--save-every", 2
     command(*words)
-    assert {"class_loss", "segment_loss", "depth_loss"} <= log_of(folder)[-1].keys()
-    assert "teacher_weights" in refused(*align_words)
+    log = log_of(folder)
+    for saved, processes in ((1, 2), (2, 1)):            # after step 4, as if the line were due
+        state = torch.load(folder / "previous.pt", weights_only=True)
+        state["log"] = {"loss": (1.0 * saved, saved), "gradient": (1.0 * saved, saved)}
+        torch.save(state, folder / "checkpoint.pt")
+        (folder / "ema.safetensors").unlink()
+        command(*words, processes=processes)
+        again = log_of(folder)
+        assert again[:2] == log[:2] and again[2]["step"] == 6
+        mixed = (saved + 2 * processes * log[2]["loss"]) / (saved + 2 * processes)
+        assert again[2]["loss"] == pytest.approx(mixed, rel=1e-4)
 
 
-def test_nothing_holds_a_device_of_its_own():
-    """Networks, losses and samplers on meta, where a tensor on the CPU would not fit in."""
-    def empty(*shape, dtype=torch.float32):
-        return torch.empty(shape, dtype=dtype, device="meta")
+def test_torchrun_starts_again_what_one_process_lost(whole, tmp_path):
+    """A signal reaches one of two processes: asked to stop, both save at the same step; killed,
+    both end. torchrun starts them again, also while workers of the dead one are about."""
+    flags = dict(steps=90, log_every=5, save_every=10)
+    through = tmp_path / "through"
+    command(*stage(whole, "sit", through, **flags), processes=2)
+    for kind, rank, told in ((signal.SIGTERM, 1, "143"), (signal.SIGKILL, 0, "-9")):
+        stopped = tmp_path / told
+        with both_cores():
+            child = start(*stage(whole, "sit", stopped, workers=1, **flags),
+                          launch=torchrun(2, "--max-restarts=1"))
+            until_it_has_logged(child, stopped / "sit" / "log.jsonl", 5)
+            children = Path(f"/proc/{child.pid}/task/{child.pid}/children").read_text().split()
+            ranks = {int(pid): Path(f"/proc/{pid}/environ").read_bytes() for pid in children}
+            os.kill(next(pid for pid, environ in ranks.items()
+                         if f"\0RANK={rank}\0".encode() in environ), kind)
+            _, errors = child.communicate()
+        assert child.returncode == 0 and told in errors, errors[-3000:]
+        same_end(through, stopped)
 
-    autoencoder = vae.AutoencoderKL(block_out_channels=(8, 16), layers_per_block=1,
-                                    norm_num_groups=8, latents_mean=[0.0] * 4,
-                                    latents_std=[1.0] * 4).to("meta")
-    teacher = align.DINOv2(embed_dim=24, depth=2, num_heads=2).to("meta")
-    heads = align.AlignmentHeads(4, 24, 8, 2).to("meta")
-    discriminator = vae.PatchDiscriminator(ndf=8).to("meta")
-    x, y = empty(2, 3, 64, 64), empty(2, dtype=torch.long)
-    rec, posterior, z = autoencoder(x)
-    loss, _ = vae.autoencoder_loss(
-        x, rec, posterior, perceptual_weight=1.0, lpips=vae.LPIPS().to("meta"), disc_weight=1.0,
-        discriminator=discriminator, last_layer=autoencoder.decoder.conv_out.weight)
-    target = heads.standardize(*align.teacher_tokens(teacher, x, 224))
-    (loss + align.align_loss(*heads(z), *target)[0]).backward()
-    vae.hinge_d_loss(discriminator(x), discriminator(rec.detach())).backward()
-    assert vae.psnr(x, rec).is_meta and vae.ssim(x, rec).is_meta and posterior.kl().is_meta
-    assert align.SegmentationHead(24, 5).to("meta")(empty(2, 24, 4, 4)).is_meta
-    assert align.DepthHead(24).to("meta")(empty(2, 24, 4, 4), empty(2, 24)).is_meta
-    z = empty(2, 4, 8, 8)
-    for family, module, samplers in (("SiT", sit, sit.ODE_SAMPLERS + sit.SDE_SAMPLERS),
-                                     ("DiT", dit, ("ddpm", "ddim"))):
-        net = module.create(f"{family}-S/2", input_size=8, num_classes=5).to("meta")
-        t = empty(2) if module is sit else y
-        module.training_loss(net, z, y, t=t, eps=z).mean().backward()
-        for name in samplers:
-            if name != "dopri5":                         # which looks at the error of its steps
-                with mock.patch.object(module, "check_sampling"):    # and this at the labels
-                    out = module.sample(net, z, y, sampler=name, num_steps=3, cfg_scale=2.0,
-                                        noise=lambda i: z)
-                assert autoencoder.decode(autoencoder.denormalize(out)).sample.is_meta
-    inception = fid.InceptionV3().to("meta")
-    assert all(part.is_meta for part in inception(empty(2, 3, 299, 299)))
+
+def test_processes_that_do_not_fit_are_refused(whole, tmp_path, monkeypatch):
+    words = stage(whole, "vae", tmp_path)
+    monkeypatch.setattr(train, "device", torch.device("cuda"))
+    monkeypatch.setattr(train, "local_rank", torch.cuda.device_count())
+    assert "start no more processes than GPUs" in refused(*words)
+    monkeypatch.setattr(train, "world_size", 3)
+    assert "does not divide by 3" in refused(*words)
+    monkeypatch.setattr(demo.teacher, "world_size", 2)
+    assert "one process" in refused("demo.teacher", "judge", "--data", whole / "scenes.zip",
+                                    "--out", tmp_path)
 
 
 # --------------------------------------------------------------------------------------------------
-# Sampling and pictures
-
-def test_reconstructions_are_measured_and_written(whole, tmp_path, lpips_cache, inception_weights):
-    """The same on one process and on two; the figures are those of the images that are written,
-    and fid.py reads them."""
-    words = ["sample.py", "--reconstruct", whole / "scenes.zip", "--vae", whole / "plain" / "vae"]
-    results = []
-    for processes in (1, 2):
-        out = tmp_path / f"{processes}.npz"
-        command(*words, "--num", 21, "--batch-size", 4, "--out", out, processes=processes,
-                REALS_CACHE=lpips_cache)
-        images = [np.load(tmp_path / f"{processes}{end}.npz")["arr_0"]
-                  for end in ("", "-originals")]
-        results.append((*images, train.read_json(out.with_suffix(".json"))))
-    (rec, originals, figures), other = results
-    held_out = train.ImageFolder(whole / "scenes.zip", "test", 32)
-    (expected, _), = train.in_order(held_out, 21, range(21))
-    assert np.array_equal(originals, expected.permute(0, 2, 3, 1))
-    assert np.array_equal(originals, other[1])
-    assert np.abs(rec.astype(int) - other[0].astype(int)).max() <= 1
-    x, y = (train.to_float(torch.from_numpy(v).permute(0, 3, 1, 2)) for v in (originals, rec))
-    lpips = filled_lpips(2 ** 0.5, published_lin())
-    expected = {"psnr": vae.psnr(x, y), "ssim": vae.ssim(x, y), "lpips": lpips(x, y)}
-    assert figures["images"] == 21
-    for name, value in expected.items():
-        assert figures[name] == pytest.approx(value.mean().item(), rel=1e-4)
-        assert other[2][name] == pytest.approx(figures[name], rel=1e-3)
-    assert not list(tmp_path.glob(".*")) and Image.open(tmp_path / "1.png").width > 200
-    words += ["--out", tmp_path / "1.npz"]
-    assert "is done already" in command(*words, "--num", 21, REALS_CACHE=lpips_cache).stdout
-    assert "images = 21, not 20" in refused(*words, "--num", 20, REALS_CACHE=lpips_cache)
-    found, _ = evaluated(tmp_path / "1.npz", tmp_path / "1-originals.npz", "--weights",
-                         inception_weights, "--metrics", "fid")
-    assert found["num_samples"] == 21 and found["fid"] > 0
-
+# sample.py
 
 @pytest.fixture(scope="session")
 def diffused(whole, tmp_path_factory):
@@ -3244,6 +3065,19 @@ def test_png_files_and_zip_hold_the_images_of_the_npz(diffused, tmp_path):
     assert not list(tmp_path.glob(".*"))
 
 
+def test_a_model_without_dropped_labels_is_not_guided(diffused, tmp_path):
+    run, table = tmp_path / "run", "y_embedder.embedding_table.weight"
+    shutil.copytree(diffused, run)
+    config, path = train.read_json(run / "sit" / "config.json"), run / "sit" / "ema.safetensors"
+    train.write_json({**config, "class_dropout_prob": 0.0}, run / "sit" / "config.json")
+    weights = vae.load_weights(path)
+    vae.save_safetensors({**weights, table: weights[table][:-1]}, path)
+    words = ["sample.py", "--run", run, "--num", 2, "--steps", 2, "--out", tmp_path / "x.npz"]
+    assert "without label dropout" in refused(*words, "--cfg-scale", 2)
+    assert "without label dropout" in refused(*words, "--classes", 10)
+    command(*words)
+
+
 def test_tasks_are_read_off_the_written_latents(whole, tmp_path):
     """-tasks.npz holds what heads and MLPs give for -latents.npy, whose images are the .npz's."""
     run = ["sample.py", "--run", whole / "aligned", "--tasks", "segmentation", "depth", "features"]
@@ -3267,6 +3101,40 @@ def test_tasks_are_read_off_the_written_latents(whole, tmp_path):
     decoded = train.to_uint8(decoded).movedim(1, -1).numpy().astype(int)
     assert np.abs(decoded - np.load(tmp_path / "1.npz")["arr_0"]).max() <= 1
     assert Image.open(tmp_path / "1-tasks.png").width > 600 and not list(tmp_path.glob(".*"))
+
+
+def test_reconstructions_are_measured_and_written(whole, tmp_path, lpips_cache, inception_weights):
+    """The same on one process and on two; the figures are those of the images that are written,
+    and fid.py reads them."""
+    words = ["sample.py", "--reconstruct", whole / "scenes.zip", "--vae", whole / "plain" / "vae"]
+    results = []
+    for processes in (1, 2):
+        out = tmp_path / f"{processes}.npz"
+        command(*words, "--num", 21, "--batch-size", 4, "--out", out, processes=processes,
+                REALS_CACHE=lpips_cache)
+        images = [np.load(tmp_path / f"{processes}{end}.npz")["arr_0"]
+                  for end in ("", "-originals")]
+        results.append((*images, train.read_json(out.with_suffix(".json"))))
+    (rec, originals, figures), other = results
+    held_out = train.ImageFolder(whole / "scenes.zip", "test", 32)
+    (expected, _), = train.in_order(held_out, 21, range(21))
+    assert np.array_equal(originals, expected.permute(0, 2, 3, 1))
+    assert np.array_equal(originals, other[1])
+    assert np.abs(rec.astype(int) - other[0].astype(int)).max() <= 1
+    x, y = (train.to_float(torch.from_numpy(v).permute(0, 3, 1, 2)) for v in (originals, rec))
+    lpips = filled_lpips(2 ** 0.5, published_lin())
+    expected = {"psnr": vae.psnr(x, y), "ssim": vae.ssim(x, y), "lpips": lpips(x, y)}
+    assert figures["images"] == 21
+    for name, value in expected.items():
+        assert figures[name] == pytest.approx(value.mean().item(), rel=1e-4)
+        assert other[2][name] == pytest.approx(figures[name], rel=1e-3)
+    assert not list(tmp_path.glob(".*")) and Image.open(tmp_path / "1.png").width > 200
+    words += ["--out", tmp_path / "1.npz"]
+    assert "is done already" in command(*words, "--num", 21, REALS_CACHE=lpips_cache).stdout
+    assert "images = 21, not 20" in refused(*words, "--num", 20, REALS_CACHE=lpips_cache)
+    found, _ = evaluated(tmp_path / "1.npz", tmp_path / "1-originals.npz", "--weights",
+                         inception_weights, "--metrics", "fid")
+    assert found["num_samples"] == 21 and found["fid"] > 0
 
 
 @pytest.fixture(scope="session")
@@ -3319,18 +3187,260 @@ def test_published_checkpoints_are_sampled(published, tmp_path, family, module, 
     assert expected.std() > 5
 
 
-def test_a_model_without_dropped_labels_is_not_guided(diffused, tmp_path):
-    run, table = tmp_path / "run", "y_embedder.embedding_table.weight"
-    shutil.copytree(diffused, run)
-    config, path = train.read_json(run / "sit" / "config.json"), run / "sit" / "ema.safetensors"
-    train.write_json({**config, "class_dropout_prob": 0.0}, run / "sit" / "config.json")
-    weights = vae.load_weights(path)
-    vae.save_safetensors({**weights, table: weights[table][:-1]}, path)
-    words = ["sample.py", "--run", run, "--num", 2, "--steps", 2, "--out", tmp_path / "x.npz"]
-    assert "without label dropout" in refused(*words, "--cfg-scale", 2)
-    assert "without label dropout" in refused(*words, "--classes", 10)
-    command(*words)
+def test_bad_weights_and_options_are_refused(published, diffused, tmp_path):
+    root, _, _ = published
+    wide = vae.AutoencoderKL(block_out_channels=(32, 32), layers_per_block=1, latent_channels=8)
+    wide.save_pretrained(root / "wide")
+    good = ["--vae", root / "vae", "--ckpt", root / "sit.pt", "--model", "SiT-Ti/2"]
+    run = ["--run", diffused]
+    simple = {
+        "--model SiT-S/2": "does not fit the network", "--model UViT-S/2": "write SiT-SIZE/PATCH",
+        "--model SiT-Ti/4": "does not fit the network", "--ckpt nowhere.pt": "nowhere.pt not found",
+        "--classes 31": "numbers from 0 to 30", "--classes cat": "names of classes",
+        "--tasks features": "stage align", "--eta 1": "--eta is no option of sit.py",
+        "--steps ddim5": "steps ddim5: SiT wants a number", "--steps X": "--steps: X: want 50",
+        "--cfg-interval 0.9 0.1": "cfg_interval", "--cfg-channels 5": "cfg_channels 5",
+        "--cfg-scale nan": "--cfg-scale: nan: want a number", "--out x.jpg": "ends in .npz or .zip",
+        "--sampler dopri5 --atol 0 --rtol 0": "one of them more",
+        "--sampler sde-euler --diffusion-form x": "diffusion_form 'x'",
+        "--sampler sde-euler --diffusion-norm -1": "diffusion_norm -1"}
+    for words, says in (
+            *(([*good, *words.split()], says) for words, says in simple.items()),
+            ([*good, "--ckpt", root / "vae" / "diffusion_pytorch_model.safetensors"],
+             "does not hold the weights of a SiT"),
+            ([*good, "--vae", root], "config.json"),
+            ([*good, "--vae", root / "wide"], "has latents of 8 channels"),
+            (["--model", "SiT-Ti/2"], "--ckpt FILE"), ([*run, *good[2:4]], "no --ckpt"),
+            ([*run, "--family", "dit", "--sampler", "ddim", "--eta", 1.5], "eta 1.5: want 0 to 1"),
+            ([*run, "--path", "gvp"], "was trained with linear")):
+        line = refused("sample.py", "--num", 2, "--out", tmp_path / "x.npz", *words)
+        assert says in line and list(tmp_path.iterdir()) == []
 
+
+@pytest.mark.parametrize("words, says", [
+    (["--vae", "nowhere"], "config.json"), (["--image-size", 33], "multiple of 4"),
+    (["--image-size", 8], "at least 16"), (["--num", 0], "at least 1"),
+    (["--run", "x"], "no --run"), (["--metrics", "fid"], "invalid choice"),
+    (["--metrics", "lpips"], "vgg16-397923af.pth is not in"),
+    (["--cfg-scale", 2], "--cfg-scale is not for --reconstruct"),
+    (["--classes", 3], "--classes is not for --reconstruct")])
+def test_bad_reconstruct_commands_are_refused(whole, tmp_path, words, says):
+    line = refused("sample.py", "--reconstruct", whole / "scenes.zip", "--vae",
+                   whole / "plain" / "vae", "--metrics", "psnr", "--out", tmp_path / "rec.npz",
+                   *words, REALS_CACHE=str(tmp_path), https_proxy=NO_NETWORK)
+    assert says in line and list(tmp_path.iterdir()) == []
+
+
+# --------------------------------------------------------------------------------------------------
+# demo/: the commands, scenes, teacher and heads
+
+def test_the_demo_writes_a_report_with_all_figures_and_pictures(whole):
+    figures, text = train.read_json(whole / "report.json"), (whole / "report.md").read_text()
+    plain, said = figures["plain"], whole.with_suffix(".txt").read_text()
+    for word, count in {"reconstructions": 4, "cosine": 2, "probe": 1, "guidance": 6, "FD": 5,
+                        "from latents": 2, "generated latents": 2}.items():
+        assert sum(word in name for name in plain) == count
+    assert all(name in text and name in said for name in plain) and len(plain) == 15
+    assert plain.keys() == figures["aligned"].keys()
+    assert np.isfinite([*plain.values(), *figures["aligned"].values()]).all()
+    assert ("is reached" in text) != ("is not reached" in text)
+    names = [name.split(")")[0] for name in text.split("](")[1:]]
+    assert {"reconstructions.png", "samples.png", "samples-guided.png", "tasks.png",
+            "embedding.png", "aligned/samples-tasks.png"} <= set(names)
+    for name in names:
+        picture = Image.open(whole / name)
+        colors = picture.resize((50, 50)).getcolors(2500)
+        assert picture.width > 100 and len(colors) > 5, f"{name} is blank"
+    for name in ("scenes", "teacher", "judge", "plain/vae", "aligned/align", "aligned/samples"):
+        assert f"| {name} |" in text
+
+
+def test_the_demo_does_nothing_twice(whole):
+    """Its commands are printed, and each says that it is done already."""
+    endings = ("safetensors", "npz", "npy", "pth")
+    files = [path for ending in endings for path in whole.rglob(f"*.{ending}")]
+    written = {path: path.stat().st_mtime_ns for path in files}
+    said = command("demo", "--out", whole, *DEMO, fresh=True).stdout
+    assert len(written) >= 16 and said.count("is done already") == 13        # stages and samples
+    assert said.count("$ python train.py") == 5 and said.count("$ python sample.py") == 4
+    assert written == {path: path.stat().st_mtime_ns for path in written}
+
+
+def test_the_demo_takes_images_of_ones_own(whole, tmp_path):
+    """They have no masks and no depth: its report has the other figures."""
+    shutil.copy(whole / "scenes.zip", tmp_path / "solids.zip")
+    command("demo", "--data", tmp_path / "solids.zip", "--out", tmp_path / "run", "--steps", 3,
+            "--num", 20, fresh=True)
+    figures = train.read_json(tmp_path / "run" / "report.json")
+    assert figures["aligned"]["FD of samples, no guidance"] >= 0
+    assert "masks from latents, mIoU" not in figures["plain"]
+    moments = np.load(tmp_path / "run" / "plain" / "latents" / "moments.npy", mmap_mode="r")
+    assert moments.shape[:2] == (2, 900) and not np.array_equal(*moments), "also mirrored"
+    assert list(np.load(tmp_path / "run" / "aligned" / "samples-tasks.npz")) == ["features"]
+
+
+def test_without_flags_train_py_is_the_demo_in_a_folder_of_its_own():
+    for words, out in (([], "runs/scenes"), (["--data", "x/cats.zip"], "runs/cats")):
+        assert demo.__main__.parse_arguments(words).out == Path(out)
+    script = "import os, train; os.execv = lambda *given: print(given); train.main([])"
+    done = subprocess.run([sys.executable, "-c", script], cwd=HERE, capture_output=True, text=True)
+    assert repr([sys.executable, "-m", "demo"]) in done.stdout
+    assert "--stage" in refused("train.py", "--data", "x")
+
+
+def test_scenes_depend_on_seed_and_index_alone():
+    whole = demo.scenes.draw_scenes(3, np.arange(40))
+    part = demo.scenes.draw_scenes(3, np.array([37, 5, 12]))
+    images, labels, masks, depth = ((a[[37, 5, 12]].double(), b.double())
+                                    for a, b in zip(whole, part))
+    assert torch.equal(*labels)
+    # another place in memory may mean another kernel: it rounds otherwise, also over an edge
+    for (a, b), most in ((images, 1), (masks, 0), (depth, 1e-5)):
+        gaps = (a - b).abs()
+        assert (gaps == 0).double().mean() > 0.95 and (gaps > most).double().mean() < 2e-3
+    assert not torch.equal(whole[0], demo.scenes.draw_scenes(4, np.arange(40))[0])
+    test = demo.scenes.draw_scenes(3, np.arange(10 ** 9, 10 ** 9 + 10))
+    assert test[1].tolist() == list(range(10))
+
+
+def test_masks_and_depth_of_scenes_agree():
+    images, labels, masks, depth = demo.scenes.draw_scenes(0, np.arange(200))
+    assert images.shape == (200, 3, 32, 32) and images.dtype == torch.uint8
+    for i in range(200):
+        assert set(masks[i].unique().tolist()) <= {0, 1, 2 + i % 10} and labels[i] == i % 10
+    solid = (masks >= 2).float().mean(dim=(1, 2))
+    assert solid.min() > 0.04 and solid.max() < 0.6
+    assert (depth[masks == 0] == demo.scenes.FAR).all() and depth.min() > demo.scenes.NEAR
+    assert (depth[masks >= 2] < 8).all(), "a solid stands five units away"
+
+
+def test_a_sphere_is_drawn_where_geometry_puts_it():
+    """Its nearest point is at |eye - centre| - radius: the smallest depth on the solid."""
+    u = demo.scenes.scene_numbers(0, np.arange(0, 400, 10), 24)
+    _, masks, depth = demo.scenes.draw_class(0, u, 96)
+    pitch = 0.2 + 0.14 * u[:, 0]
+    scale = 0.85 + 0.2 * u[:, 8]
+    px, pz = -0.16 + 0.32 * u[:, 9], -0.2 + 0.4 * u[:, 10]
+    eye = torch.stack([-px, 0.8 + 5 * pitch.sin() - 0.92 * scale, 5 * pitch.cos() - pz])
+    expected = eye.norm(dim=0) - 0.92 * scale
+    nearest = depth.masked_fill(masks != 2, 100).amin(1)
+    torch.testing.assert_close(nearest, expected, rtol=0, atol=0.01)
+
+
+def test_scenes_become_an_ordinary_data_set(tmp_path):
+    """A .zip of class folders, the same bytes each time; masks and depth in ImageFolder's order."""
+    path = tmp_path / "scenes.zip"
+    demo.scenes.write_scenes(path, 120, 16)
+    written = path.read_bytes()
+    with np.load(demo.scenes.truth_path(path)) as truth:
+        for split, count in (("train", 120), ("test", 12)):
+            data = train.ImageFolder(path, split, 16)
+            assert data.classes == tuple(sorted(demo.scenes.SCENE_CLASSES)) and len(data) == count
+            numbers = np.array([int(Path(name).stem) for name, _ in data.files])
+            images, labels, masks, depth = demo.scenes.draw_scenes(0, numbers, 16)
+            (read, its_labels), = train.in_order(data, count)
+            assert torch.equal(read, images) and np.array_equal(truth[f"{split}_masks"], masks)
+            np.testing.assert_allclose(truth[f"{split}_depth"], depth, rtol=1e-3)
+            names = [demo.scenes.SCENE_CLASSES[k] for k in labels]
+            assert [data.classes[k] for k in its_labels] == names
+    demo.scenes.write_scenes(path, 120, 16)
+    with pytest.raises(ValueError, match="holds 120 scenes of 16 pixels, not 130"):
+        demo.scenes.write_scenes(path, 130, 16)
+    path.unlink()
+    demo.scenes.write_scenes(path, 120, 16)
+    assert path.read_bytes() == written
+
+
+def test_what_is_unknown_does_not_count():
+    """Masks of 255 and depth of 0 are in no loss; a batch of them alone is a loss of 0."""
+    g = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, 5, 4, 4, generator=g)
+    depth = torch.rand(2, 4, 4, generator=g) + 1
+    masks, metres = torch.full((2, 4, 4), 255), torch.zeros(2, 4, 4)
+    loss, parts = demo.teacher.dense_loss(logits, depth, masks, metres)
+    assert loss == 0 and set(parts) == {"segment_loss", "depth_loss"}
+    masks[0, 1, 2], metres[1, 3, 0] = 3, 2.0
+    loss, parts = demo.teacher.dense_loss(logits, depth, masks, metres)
+    segment, depth = -logits[0, :, 1, 2].log_softmax(0)[3], (depth[1, 3, 0] / 2).log().square()
+    assert parts["segment_loss"].item() == pytest.approx(segment.item(), rel=1e-5)
+    assert parts["depth_loss"].item() == pytest.approx(depth.item(), rel=1e-5)
+    assert loss.item() == pytest.approx((segment + 5 * depth).item(), rel=1e-5)
+
+
+def test_a_teacher_that_has_changed_is_another_teacher(whole, tmp_path):
+    """Stage align does not count as done with it; one without labels knows depth alone; and one
+    that is begun again ends the same."""
+    folder = tmp_path / "teacher"
+    words = ["demo.teacher", "train", "--data", whole / "scenes.zip", "--out", folder, "--steps", 2]
+    command(*words, "--no-labels")
+    heads, weights = train.read_json(folder / "heads.json"), folder / "dinov2.pth"
+    assert heads["segmentation"] is None and heads["depth"]["max_depth"] == demo.scenes.FAR
+    assert "class_loss" not in log_of(folder)[-1] and "depth_loss" in log_of(folder)[-1]
+    assert "labels = False, not True" in refused(*words)
+    written = weights.read_bytes()
+    weights.unlink()
+    command(*words, "--no-labels")
+    assert weights.read_bytes() == written
+    align_words = stage(whole, "align", tmp_path, teacher=folder, steps=2)
+    command(*align_words)
+    shutil.rmtree(folder)
+    command(*words)
+    assert {"class_loss", "segment_loss", "depth_loss"} <= log_of(folder)[-1].keys()
+    assert "teacher_weights" in refused(*align_words)
+
+
+def test_a_published_teacher_and_heads_of_ones_own(whole, tmp_path, vits):
+    """DINOv2 and a head by their published names in the cache; heads trained on a folder of images,
+    masks and depth; pictures of what they see; what is wrong with a mask is said."""
+    cache, data, heads = (tmp_path / name for name in ("cache", "data", "heads"))
+    cache.mkdir()
+    torch.save(vits["dinov2_vits14"].state_dict(), cache / "dinov2_vits14_pretrain.pth")
+    weights = align.SegmentationHead(384, 21).state_dict()
+    torch.save({f"decode_head.{name}": value for name, value in weights.items()},
+               cache / "dinov2_vits14_voc2012_linear_head.pth")
+    images, _, masks, depth = demo.scenes.draw_scenes(0, np.arange(40), 40)
+    arrays = {"images": images.movedim(1, 3).numpy(), "masks": masks.numpy(),
+              "depth": (1000 * depth).numpy().astype(np.uint16)}     # millimetres
+    for kind, array in arrays.items():
+        (data / kind).mkdir(parents=True)
+        for i, picture in enumerate(array):
+            Image.fromarray(picture).save(data / kind / f"{i:02}.png")
+    (data / "classes.txt").write_text("\n".join(demo.scenes.SEGMENTS) + "\n")
+    env = {"REALS_CACHE": str(cache)}
+    command(*stage(whole, "align", tmp_path, data=data / "images", steps=2, teacher_size=28,
+                   teacher="dinov2_vits14"), **env)
+    config = train.read_json(tmp_path / "align" / "heads.json")
+    assert config["fold"] == 4                           # 8 cells, 2 tokens a side
+    words = ["demo.teacher", "heads", data, "--teacher", "dinov2_vits14", "--teacher-size", 28,
+             "--steps", 5, "--batch-size", 8, "--out"]
+    command(*words, heads, **env)
+    assert "is done already" in command(*words, heads, **env).stdout
+    found = sample.load_task_heads([heads])
+    assert tuple(found.classes) == demo.scenes.SEGMENTS
+    assert found.depth.bins[-1] == pytest.approx(12, abs=0.1)
+    x, seen, metres = demo.teacher.DenseFolder(data, 40).__getitems__([(0, False), (3, False)])
+    assert torch.equal(x, images[[0, 3]]) and torch.equal(seen, masks[[0, 3]].long())
+    torch.testing.assert_close(metres, depth[[0, 3]], rtol=0, atol=0.001)
+
+    picture = ["demo.pictures", "features", data / "images", "--vae", tmp_path / "align", "--num",
+               2, "--split", "all", "--out", tmp_path / "features.png"]
+    for sources in ([heads], ["dinov2_vits14_voc2012_linear_head", heads]):
+        command(*picture, "--heads", *sources, **env)
+        assert Image.open(tmp_path / "features.png").width > 800
+    assert "width 96" in refused(*picture, "--heads", whole / "teacher", **env)
+    assert "give --teacher" in refused(*picture, "--teacher", whole / "teacher", **env)
+    for bad, says in ((Image.new("RGB", (40, 40)), "has colours"),
+                      (Image.new("L", (40, 20)), "upright, 40 x 40: want the same shape"),
+                      (Image.new("L", (40, 40), 77), "has class 77")):
+        bad.save(data / "masks" / "03.png")
+        assert says in refused(*words, tmp_path / "bad", **env)
+    for file, says in (("masks/03.png", "cannot be read"), ("classes.txt", "not found")):
+        (data / file).unlink()
+        assert says in refused(*words, tmp_path / "bad", **env)
+
+
+# --------------------------------------------------------------------------------------------------
+# demo/: pictures and study
 
 def tiles(path, rows, columns, size=64, gap=4):
     """The last columns of a picture that sheet has drawn: (rows, columns, size, size, 3)."""
@@ -3378,9 +3488,6 @@ def test_curves_and_embeddings_are_drawn(whole, tmp_path):
         assert Image.open(tmp_path / f"{method}.png").width > 800
     assert "ends in .png" in refused("demo.pictures", "curves", *lanes, "--out", tmp_path / "x.jpg")
 
-
-# --------------------------------------------------------------------------------------------------
-# The study
 
 def test_the_study_plans_measures_and_reports(whole, tmp_path):
     """Its plan has every seed, length, family and guidance for both; what is there is measured
@@ -3466,158 +3573,72 @@ def test_white_latents_have_all_dimensions_and_a_flat_spectrum():
     assert 1.9 < dimensions <= 2.001 and rings[0] == pytest.approx(1)
 
 
-# --------------------------------------------------------------------------------------------------
-# Bad input: one line, exit status 2
-
-NO_NETWORK = "http://127.0.0.1:9"                        # a proxy that nobody is
-
-
-@pytest.mark.parametrize("kind, says", [
-    ("missing", "no folder and no .zip"), ("text", "no folder and no .zip"),
-    ("broken zip", "is a broken .zip"), ("empty", "has no images"),
-    ("other classes", "train/ and test/ have other classes, ['c']"), ("damaged", "cannot be read")])
-def test_bad_data_is_refused(tmp_path, kind, says):
-    data = tmp_path / "data"
-    if kind == "text":
-        data.write_text("not a zip")
-    elif kind == "broken zip":
-        zipped(write_images(tmp_path / "images", ["a"], 2), data)
-        data.write_bytes(data.read_bytes().replace(b"PK\1\2", b"PK\1\1"))
-    elif kind == "empty":
-        (data / "train" / "a").mkdir(parents=True)
-    elif kind == "other classes":
-        write_images(data, ["train/a", "train/b", "test/a", "test/b", "test/c"], 1)
-    elif kind == "damaged":
-        for path in write_images(data, ["a"], 4).rglob("*.png"):
-            path.write_bytes(b"\x89PNG but not really")
-    words = ["--data", data, "--out", tmp_path / "run"]
-    workers = ["--workers", 1] if kind == "damaged" else []          # which find it out
-    for program in (["train.py", "--stage", "vae", *SMALL, *workers], ["demo.teacher", "judge"]):
-        line = refused(*program, *words)
-        assert says in line and str(data) in line
-        assert not list((tmp_path / "run").rglob("*.safetensors"))
-        assert kind == "damaged" or not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize("words, says", [
-    ("--stage latents", "--stage vae or align"), ("--stage sit", "--stage vae or align"),
-    ("--stage nonsense", "invalid choice"), ("--precision fp16", "invalid choice"),
-    ("--steps 0", "want at least 1"), ("--seed -1", "want at least 0"), ("--lr nan", "--lr nan"),
-    ("--label-dropout 1.5", "at most 1"), ("--stage vae sit --batch-size 0", "--batch-size 0"),
-    ("--accumulate 3", "does not divide by 1"), ("--log-every 7", "multiple of"),
-    ("--channels 9", "norm_num_groups"), ("--image-size 30", "not halved 2 times"),
-    ("--data=", "want a folder or .zip"), ("--freeze", "--stage align --init FOLDER"),
-    ("--init nowhere", "nowhere"), ("--stage align --teacher dinov2_x", "one of dinov2_vits14, "),
-    ("--stage vae sit --model SiT-X/2", "write SiT-SIZE/PATCH"),
-    ("--out DATA/run", "lies inside --data"), ("--out FILE/x", "cannot be written"),
-    ("--perceptual-weight 1", "vgg16-397923af.pth is not in")])
-def test_bad_commands_are_refused(tmp_path, words, says):
-    """Before any work, and without weights left behind."""
-    data = write_images(tmp_path / "data", ["."], 20)
-    (tmp_path / "file").touch()
-    words = words.replace("DATA", str(data)).replace("FILE", str(tmp_path / "file")).split()
-    assert says in refused("train.py", "--stage", "vae", *SMALL, "--data", data, "--out",
-                           tmp_path / "run", *words, REALS_CACHE=str(tmp_path / "cache"),
-                           https_proxy=NO_NETWORK)
-    assert not [*tmp_path.rglob("*.pt"), *tmp_path.rglob("*.safetensors")]
-
-
-def test_missing_and_foreign_inputs_are_refused(whole, tmp_path):
-    out, x = copy_of(whole, tmp_path / "lane", "vae", "latents"), ["--out", tmp_path / "x.npz"]
-    for name, flags, says in (
-            ("vae", {}, "holds a run with steps = 6, not 1400"),
-            ("sit", {"model": "SiT-Huge/2"}, "SiT-SIZE/PATCH"),
-            ("sit", {"vae": whole / "aligned" / "align"}, "another autoencoder"),
-            ("latents", {"vae": whole / "aligned" / "align"}, "holds a run with vae"),
-            ("sit", {"latents": tmp_path}, "--stage latents"),
-            ("align", {"teacher_size": 30}, "multiple of the teacher's patches"),
-            ("align", {"init": tmp_path}, "config.json"),
-            ("align", {"teacher": tmp_path}, "config.json not found")):
-        assert says in refused(*stage(whole, name, out, **flags))
-    assert "steps = 6, not 7" in refused("demo.teacher", "judge", "--data", whole / "scenes.zip",
-                                         "--out", whole / "judge", "--steps", 7)
-    assert "not found" in refused("demo.report", "--out", tmp_path)
-
-    run = copy_of(whole, tmp_path / "retrained", "vae", "sit")
-    (run / "vae" / "diffusion_pytorch_model.safetensors").write_bytes(b"other weights")
-    settings, path = train.read_json(run / "sit" / "settings.json"), run / "sit" / "settings.json"
-    train.write_json({**settings, "vae": "gone/vae"}, path)
-    assert "is not the autoencoder" in refused("sample.py", "--run", run, *x)
-    path.write_text('{"vae": ')
-    assert "settings.json is damaged" in refused("sample.py", "--run", run, *x)
-    shutil.copytree(whole / "plain" / "sit", out / "sit")
-    settings = train.read_json(out / "sit" / "settings.json")
-    train.write_json({**settings, "vae": str(out / "vae")}, out / "sit" / "settings.json")
-    for words, says in (
-            (["--run", tmp_path, *x], "--stage sit"),
-            (["--run", out, *x, "--tasks", "features"], "stage align"),
-            (["--run", out, *x, "--num", 0], "at least 1"),
-            (["--run", out, *x, "--metrics", "psnr"], "--metrics is only for --reconstruct"),
-            (["--run", out, *x, "--sampler", "ddpm"], "sampler 'ddpm' is not known: choose euler"),
-            (["--run", whole / "plain", "--num", 20, "--latents", "--out",
-              whole / "plain" / "samples.npz"], "num_steps = 8, not 50")):
-        assert says in refused("sample.py", *words)
-    assert not (tmp_path / "x.npz").exists()
-
-
-def test_bad_weights_and_options_are_refused(published, diffused, tmp_path):
-    root, _, _ = published
-    wide = vae.AutoencoderKL(block_out_channels=(32, 32), layers_per_block=1, latent_channels=8)
-    wide.save_pretrained(root / "wide")
-    good = ["--vae", root / "vae", "--ckpt", root / "sit.pt", "--model", "SiT-Ti/2"]
-    run = ["--run", diffused]
-    simple = {
-        "--model SiT-S/2": "does not fit the network", "--model UViT-S/2": "write SiT-SIZE/PATCH",
-        "--model SiT-Ti/4": "does not fit the network", "--ckpt nowhere.pt": "nowhere.pt not found",
-        "--classes 31": "numbers from 0 to 30", "--classes cat": "names of classes",
-        "--tasks features": "stage align", "--eta 1": "--eta is no option of sit.py",
-        "--steps ddim5": "steps ddim5: SiT wants a number", "--steps X": "--steps: X: want 50",
-        "--cfg-interval 0.9 0.1": "cfg_interval", "--cfg-channels 5": "cfg_channels 5",
-        "--cfg-scale nan": "--cfg-scale: nan: want a number", "--out x.jpg": "ends in .npz or .zip",
-        "--sampler dopri5 --atol 0 --rtol 0": "one of them more",
-        "--sampler sde-euler --diffusion-form x": "diffusion_form 'x'",
-        "--sampler sde-euler --diffusion-norm -1": "diffusion_norm -1"}
-    for words, says in (
-            *(([*good, *words.split()], says) for words, says in simple.items()),
-            ([*good, "--ckpt", root / "vae" / "diffusion_pytorch_model.safetensors"],
-             "does not hold the weights of a SiT"),
-            ([*good, "--vae", root], "config.json"),
-            ([*good, "--vae", root / "wide"], "has latents of 8 channels"),
-            (["--model", "SiT-Ti/2"], "--ckpt FILE"), ([*run, *good[2:4]], "no --ckpt"),
-            ([*run, "--family", "dit", "--sampler", "ddim", "--eta", 1.5], "eta 1.5: want 0 to 1"),
-            ([*run, "--path", "gvp"], "was trained with linear")):
-        line = refused("sample.py", "--num", 2, "--out", tmp_path / "x.npz", *words)
-        assert says in line and list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("words, says", [
-    (["--vae", "nowhere"], "config.json"), (["--image-size", 33], "multiple of 4"),
-    (["--image-size", 8], "at least 16"), (["--num", 0], "at least 1"),
-    (["--run", "x"], "no --run"), (["--metrics", "fid"], "invalid choice"),
-    (["--metrics", "lpips"], "vgg16-397923af.pth is not in"),
-    (["--cfg-scale", 2], "--cfg-scale is not for --reconstruct"),
-    (["--classes", 3], "--classes is not for --reconstruct")])
-def test_bad_reconstruct_commands_are_refused(whole, tmp_path, words, says):
-    line = refused("sample.py", "--reconstruct", whole / "scenes.zip", "--vae",
-                   whole / "plain" / "vae", "--metrics", "psnr", "--out", tmp_path / "rec.npz",
-                   *words, REALS_CACHE=str(tmp_path), https_proxy=NO_NETWORK)
-    assert says in line and list(tmp_path.iterdir()) == []
-
-
-def test_processes_that_do_not_fit_are_refused(whole, tmp_path, monkeypatch):
-    words = stage(whole, "vae", tmp_path)
-    monkeypatch.setattr(train, "device", torch.device("cuda"))
-    monkeypatch.setattr(train, "local_rank", torch.cuda.device_count())
-    assert "start no more processes than GPUs" in refused(*words)
-    monkeypatch.setattr(train, "world_size", 3)
-    assert "does not divide by 3" in refused(*words)
-    monkeypatch.setattr(demo.teacher, "world_size", 2)
-    assert "one process" in refused("demo.teacher", "judge", "--data", whole / "scenes.zip",
-                                    "--out", tmp_path)
+def test_settings_of_the_ablations_do_what_they_say(whole, tmp_path):
+    """The log tells the parts of the align loss; shuffled targets are those of other images; one
+    scale makes latents of deviation 1 over all channels; transformers can share latents."""
+    first = {}
+    for name, settings in {"both": {}, "patch": {"cls_weight": 0.0}, "cls": {"patch_weight": 0.0},
+                           "shuffled": {"shuffle_targets": True}}.items():
+        _, *words = stage(whole, "align", tmp_path / name, steps=1, log_every=1, save_every=1)
+        command("demo.study", "stage", json.dumps(settings), *words)
+        first[name] = log_of(tmp_path / name / "align")[0]
+    both, (w_cos, w_l1) = first["both"], align.FORMS["both"]
+    d = {part: w_cos * (1 - both[f"cos_{part}"]) + w_l1 * both[f"l1_{part}"]
+         for part in ("patch", "cls")}
+    assert both["align"] == pytest.approx(d["patch"] + d["cls"], rel=1e-5)
+    assert first["patch"]["align"] == pytest.approx(d["patch"], rel=1e-5)
+    assert first["cls"]["align"] == pytest.approx(d["cls"], rel=1e-5)
+    assert first["shuffled"]["mse"] == both["mse"]
+    assert abs(first["shuffled"]["align"] - both["align"]) > 1e-3
+    _, *words = stage(whole, "latents", tmp_path)
+    command("demo.study", "stage", '{"latent_scale": "one"}', *words)
+    command(*stage(whole, "sit", tmp_path / "other", latents=tmp_path / "latents", steps=1))
+    moments = torch.from_numpy(np.load(tmp_path / "latents" / "moments.npy")[0]).float()
+    mean, std = moments.chunk(2, dim=1)
+    x = sample.load_run(tmp_path / "other", "sit").vae.normalize(one_deviation_off(mean, std))
+    assert x.std().item() == pytest.approx(1, abs=3e-3) and x.std((0, 2, 3)).std() > 0.01
 
 
 # --------------------------------------------------------------------------------------------------
 # The house
+
+def test_nothing_holds_a_device_of_its_own():
+    """Networks, losses and samplers on meta, where a tensor on the CPU would not fit in."""
+    def empty(*shape, dtype=torch.float32):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    autoencoder = vae.AutoencoderKL(block_out_channels=(8, 16), layers_per_block=1,
+                                    norm_num_groups=8, latents_mean=[0.0] * 4,
+                                    latents_std=[1.0] * 4).to("meta")
+    teacher = align.DINOv2(embed_dim=24, depth=2, num_heads=2).to("meta")
+    heads = align.AlignmentHeads(4, 24, 8, 2).to("meta")
+    discriminator = vae.PatchDiscriminator(ndf=8).to("meta")
+    x, y = empty(2, 3, 64, 64), empty(2, dtype=torch.long)
+    rec, posterior, z = autoencoder(x)
+    loss, _ = vae.autoencoder_loss(
+        x, rec, posterior, perceptual_weight=1.0, lpips=vae.LPIPS().to("meta"), disc_weight=1.0,
+        discriminator=discriminator, last_layer=autoencoder.decoder.conv_out.weight)
+    target = heads.standardize(*align.teacher_tokens(teacher, x, 224))
+    (loss + align.align_loss(*heads(z), *target)[0]).backward()
+    vae.hinge_d_loss(discriminator(x), discriminator(rec.detach())).backward()
+    assert vae.psnr(x, rec).is_meta and vae.ssim(x, rec).is_meta and posterior.kl().is_meta
+    assert align.SegmentationHead(24, 5).to("meta")(empty(2, 24, 4, 4)).is_meta
+    assert align.DepthHead(24).to("meta")(empty(2, 24, 4, 4), empty(2, 24)).is_meta
+    z = empty(2, 4, 8, 8)
+    for family, module, samplers in (("SiT", sit, sit.ODE_SAMPLERS + sit.SDE_SAMPLERS),
+                                     ("DiT", dit, ("ddpm", "ddim"))):
+        net = module.create(f"{family}-S/2", input_size=8, num_classes=5).to("meta")
+        t = empty(2) if module is sit else y
+        module.training_loss(net, z, y, t=t, eps=z).mean().backward()
+        for name in samplers:
+            if name != "dopri5":                         # which looks at the error of its steps
+                with mock.patch.object(module, "check_sampling"):    # and this at the labels
+                    out = module.sample(net, z, y, sampler=name, num_steps=3, cfg_scale=2.0,
+                                        noise=lambda i: z)
+                assert autoencoder.decode(autoencoder.denormalize(out)).sample.is_meta
+    inception = fid.InceptionV3().to("meta")
+    assert all(part.is_meta for part in inception(empty(2, 3, 299, 299)))
+
 
 @pytest.mark.parametrize("name", ["vae", "align", "sit", "dit", "fid"])
 def test_a_file_stands_alone(tmp_path, name):

@@ -2907,7 +2907,7 @@ def test_a_stage_goes_on_with_more_and_with_fewer_processes(whole, tmp_path):
 def test_torchrun_starts_again_what_one_process_lost(whole, tmp_path):
     """A signal reaches one of two processes: asked to stop, both save at the same step; killed,
     both end. torchrun starts them again, also while workers of the dead one are about."""
-    flags, through = dict(steps=90, log_every=5, save_every=10), tmp_path / "through"
+    flags, through = dict(steps=60, log_every=5, save_every=10), tmp_path / "through"
     command(*stage(whole, "sit", through, **flags), processes=2)
     for kind, rank, told in ((signal.SIGTERM, 1, "143"), (signal.SIGKILL, 0, "-9")):
         stopped = tmp_path / told

@@ -1960,7 +1960,7 @@ def test_transformers_refuse_what_they_do_not_take(module, network):
     assert not watched.times                                        # all before any work
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # fid.py
 
 FID_FIGURES = REFERENCE["fid"]

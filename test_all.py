@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import copy
 import fcntl
+import functools
 import hashlib
 import http.server
 import importlib
@@ -61,6 +62,7 @@ import vae
 HERE = Path(__file__).parent
 torch.set_num_threads(1)                                          # the other core is another test's
 os.environ["PET_LOCAL_ADDR"] = "127.0.0.1"           # torchrun need not look up this machine's name
+README = (HERE / "README.md").read_text()
 REFERENCE = json.loads((HERE / "assets" / "reference.json").read_text())
 
 
@@ -915,27 +917,12 @@ def test_align_loss():
     assert patch.grad is None and cls.grad is None
 
 
-class ConvTeacher(nn.Module):
-    """All that align.py asks of a teacher, as its comment tells."""
-    embed_dim, patch_size, norm = 96, 14, None
-
-    def __init__(self):
-        super().__init__()
-        self.body = nn.Conv2d(3, 96, 14, 14)
-
-    def forward_features(self, x):
-        patch = self.body(x).flatten(2).transpose(1, 2)
-        return {"x_norm_patchtokens": patch, "x_norm_clstoken": patch.mean(1)}
-
-
-@pytest.mark.parametrize("teacher", [align.DINOv2(**TINY_VIT), ConvTeacher()])
-def test_gradients_reach_encoder_and_mlps_and_never_the_teacher(teacher):
+def test_gradients_reach_encoder_and_mlps_and_never_the_teacher():
     torch.manual_seed(0)
-    fill(teacher)                                                   # not even frozen
+    teacher = fill(align.DINOv2(**TINY_VIT))                        # not even frozen
     autoencoder = vae.AutoencoderKL(block_out_channels=(16, 32), layers_per_block=1,
                                     norm_num_groups=8)
     net = train.Autoencoder(autoencoder, align.AlignmentHeads(4, 96, 8, grid=(5, 5)))
-    net.heads.fit_norm(teacher.norm)
     x = array((2, 3, 16, 16), 1, -1, 1)
     _, _, features = net(x, torch.randn(2, 4, 8, 8))
     targets = net.heads.standardize(*align.teacher_tokens(teacher, x, 70))
@@ -2521,6 +2508,58 @@ def test_an_autoencoder_that_is_frozen_stays_as_it_is(whole, tmp_path):
     assert figures.keys() == {"step", "held_out_psnr", "held_out_cos_patch", "held_out_cos_cls"}
 
 
+def test_masks_out_of_a_foreign_autoencoder(whole, tmp_path):
+    """README's three commands, for one of the shape of SD3's that diffusers wrote in float16. The
+    statistics of its latents are those that diffusers' own latents have."""
+    theirs = fill(diffusers.AutoencoderKL(
+        block_out_channels=(8, 16, 16), norm_num_groups=8, latent_channels=16, sample_size=32,
+        scaling_factor=1.5, shift_factor=0.06, use_quant_conv=False, use_post_quant_conv=False,
+        down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3))
+    theirs.half().save_pretrained(tmp_path / "theirs", variant="fp16")
+    common = ["--preset small --no-flip --batch-size 8 --steps 2 --align-hidden 16 --data",
+              whole / "scenes.zip", "--out", tmp_path / "mine"]
+    command("train.py --stage align --freeze --teacher", whole / "teacher", "--init",
+            tmp_path / "theirs", *common)
+    command("train.py --stage latents sit", *common)
+    command("sample.py --num 5 --steps 2 --tasks segmentation depth features --run",
+            tmp_path / "mine", "--out", tmp_path / "x.npz")
+    found = np.load(tmp_path / "x-tasks.npz")
+    assert found["segmentation"].shape == found["depth"].shape == (5, 32, 32)
+    assert len(found["features"]) == 5
+
+    data = train.ImageFolder(whole / "scenes.zip", "train", 32, flip=False)
+    images = torch.cat([images for images, _ in train.in_order(data, 64, range(len(data)))])
+    with torch.no_grad():
+        posterior = theirs.float().encode(train.to_float(images)).latent_dist
+    mean = posterior.mean.mean((0, 2, 3))
+    std = (posterior.mean.var((0, 2, 3)) + posterior.var.mean((0, 2, 3))).sqrt()
+    meta = json.loads((tmp_path / "mine/latents/meta.json").read_text())
+    np.testing.assert_allclose(meta["mean"], mean, atol=1e-3 * std.max().item())
+    np.testing.assert_allclose(meta["std"], std, rtol=2e-3)
+
+
+def test_the_teacher_that_readme_adds(whole, tmp_path):
+    """Its ten lines, and one in load_teacher, align an autoencoder with a convolutional network."""
+    lines = re.search(r"```python\n(class ResNetTeacher.*?)```", README, re.DOTALL)[1]
+    for name in ("vae", "sit", "dit", "fid", "train"):
+        shutil.copy(HERE / f"{name}.py", tmp_path)
+    begin = "def load_teacher(name_or_folder):\n"
+    before, after = (HERE / "align.py").read_text().split(begin)
+    text, end = after.split("    if str(name_or_folder) in DINOV2:\n")
+    added = ('    if name_or_folder == "resnet":\n'
+             "        layers = nn.Conv2d(3, 2048, 32, stride=32), nn.Identity(), nn.Identity()\n"
+             "        return ResNetTeacher(nn.Sequential(*layers)).eval().requires_grad_(False)\n")
+    (tmp_path / "align.py").write_text(
+        f"{before}{lines}\n\n{begin}{text}{added}    if str(name_or_folder) in DINOV2:\n{end}")
+    out = tmp_path / "run"
+    words = stage(whole, "align", out, teacher="resnet", teacher_size=128, steps=2, log_every=1,
+                  save_every=2)
+    done = subprocess.run([sys.executable, *split(words)], cwd=tmp_path, capture_output=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads((out / "align/heads.json").read_text())["embed_dim"] == 2048
+    assert -1 < log_of(out / "align")[0]["cos_patch"] < 1
+
+
 def test_several_stages_follow_each_other_and_none_is_done_twice(tmp_path):
     """Also with both flips, of images without class folders, in bfloat16; weights are float32."""
     root, out = write_images(tmp_path / "solids", ".", 40), tmp_path / "run"
@@ -2751,7 +2790,7 @@ def test_centre_crop_equals_adms(tmp_path, width, height, size, seed, digest):
     assert torch.equal(mirrored, read.flip(1))
 
 
-RED, BLUE, WHITE, BLACK = (255, 0, 0), (0, 0, 255), (255, 255, 255), (0, 0, 0)
+RED, BLUE, WHITE, DARK = (255, 0, 0), (0, 0, 255), (255, 255, 255), (0, 0, 0)
 RED_BLUE = Image.fromarray(np.uint8([[RED] * 4 + [BLUE] * 4] * 8))
 GREY = RED_BLUE.getchannel("R")                                     # white, black
 ON_ITS_SIDE = Image.Exif()                                          # as cameras store it
@@ -2759,11 +2798,11 @@ ON_ITS_SIDE[0x0112] = 6
 
 
 @pytest.mark.parametrize("image, options, left, right", [
-    (RED_BLUE, {}, RED, BLUE), (RED_BLUE.convert("P"), {}, RED, BLUE), (GREY, {}, WHITE, BLACK),
+    (RED_BLUE, {}, RED, BLUE), (RED_BLUE.convert("P"), {}, RED, BLUE), (GREY, {}, WHITE, DARK),
     (RED_BLUE.transpose(Image.ROTATE_90), {"exif": ON_ITS_SIDE}, RED, BLUE),
     (RED_BLUE.convert("CMYK"), {"format": "TIFF"}, RED, BLUE),
     (Image.merge("RGBA", (*RED_BLUE.split(), GREY)), {}, RED, WHITE),
-    (Image.fromarray(np.asarray(GREY, np.uint16) * 257 // 2), {}, (127, 127, 127), BLACK),
+    (Image.fromarray(np.asarray(GREY, np.uint16) * 257 // 2), {}, (127, 127, 127), DARK),
     (RED_BLUE, dict(format="GIF", save_all=True, append_images=[GREY]), RED, BLUE),
     (RED_BLUE.resize((20_000, 8), Image.NEAREST), {}, RED, BLUE)],
     ids=["RGB", "P", "L", "EXIF", "CMYK", "RGBA", "I;16", "animated", "panorama"])
@@ -3508,9 +3547,13 @@ def test_the_study_plans_measures_and_reports(whole, tmp_path):
     once, with the figures of the demo's report; what is missing is not in the tables."""
     study, out, runs = demo.study, tmp_path / "study", {}
     jobs = command("demo.study --steps 6 --num 20 --dry-run --out", out).stdout.splitlines()
-    sets = 2 * 3 * 3 * 2 * 3 + 2 * 3 * 3 + len(study.AUTOENCODERS) - 2 + 2 * 3
+    others = study.AUTOENCODERS.keys() - {"plain", "aligned", *study.STARTS}
+    sets = 2 * 3 * 3 * 2 * 3 + 2 * 3 * 3 + len(others) + 2 * 3
     assert sum("sample.py" in job for job in jobs) == sets == 150
     assert len(jobs) == len(set(jobs)) and not out.exists()
+    starts = command("demo.study --starts --dry-run --out", out).stdout
+    assert starts.count("sample.py") == 3 * 4
+    assert starts.count(f"--stage align latents --init {out}/seed1/plain/vae") == 1
     for name, autoencoder in (("plain", "vae"), ("aligned", "align")):  # those of the demo
         run = runs[name] = study.Run(0, name, "sit", 6, "no guidance")
         folder, samples = study.folder_of(out, 0, name), study.samples_of(out, run)

@@ -322,7 +322,7 @@ def load_source(cfg):
     """What --run, or --model, --ckpt and --vae, name, in --precision and on the device, as load_run
     gives it; also `options`, all of the sampler's, and `labels`, --classes as labels_of wants it.
     Stops with one line for what does not fit together."""
-    source = (load_run(cfg.run, cfg.family) if cfg.run
+    source = (load_run(cfg.run, cfg.family, cfg.ckpt) if cfg.run
               else load_published(cfg.model, cfg.ckpt, cfg.vae))
     source.options = sampler_options(cfg, source)
     source.labels = parse_classes(cfg.classes, source.classes)
@@ -338,16 +338,18 @@ def load_source(cfg):
     return source
 
 
-def load_run(run, family):
+def load_run(run, family, ckpt=None):
     """A run's stage sit or dit, with averaged weights, and the autoencoder whose latents it was
     trained on, as an object: `module`, `model`, `vae`, `folder` (the autoencoder's), `objective`
-    (what the model predicts, as options of its sampler), `classes` (names), `weights` (sha256)."""
+    (what the model predicts, as options of its sampler), `classes` (names), `weights` (sha256).
+    `ckpt`: a file of other weights than the last, as train.py --snapshots leaves them."""
     folder = run / family
-    if not (folder / "ema.safetensors").is_file():
-        stop(f"{folder}/ema.safetensors not found: run train.py --stage {family} --out {run} first")
+    file = ckpt or folder / "ema.safetensors"
+    if not file.is_file():
+        stop(f"{file} not found: run train.py --stage {family} --out {run} first")
     settings = read_json(folder / "settings.json")
     module, network = FAMILIES[family]
-    model = with_weights(network(**read_json(folder / "config.json")), folder / "ema.safetensors")
+    model = with_weights(network(**read_json(folder / "config.json")), file)
     vae = Path(settings["vae"])
     if not vae.is_dir():                                            # the whole run was moved
         vae = run / vae.name
@@ -361,14 +363,14 @@ def load_run(run, family):
         module=module, model=model, vae=autoencoder, folder=vae,
         objective={name: settings[name] for name in names},
         classes=settings.get("classes") or [str(k) for k in range(model.num_classes)],
-        weights={"transformer": checksum(folder / "ema.safetensors"),
+        weights={"transformer": checksum(file),
                  "autoencoder": settings["autoencoder"]})
 
 
 def with_weights(net, path):
     """The network with the weights of a file, to be used as it is; stops where they do not fit."""
     try:
-        load_strict(net, load_weights(path), path)
+        load_strict(net, weights_of(path), path)
     except (OSError, ValueError) as error:
         stop(error)
     return net.eval()
@@ -381,7 +383,7 @@ def load_published(name, path, vae):
     module, network = FAMILIES.get(family, FAMILIES["sit"])         # another name is refused below
     autoencoder = load_autoencoder(vae)
     try:
-        weights = transformer_weights(path)
+        weights = weights_of(path)
         config = module.size_arguments(name, network.__name__)      # depth, width, heads
         try:
             config = {**config, **shape_arguments(weights)}
@@ -401,7 +403,7 @@ def load_published(name, path, vae):
         weights={"transformer": checksum(path), "autoencoder": checksum(vae)})
 
 
-def transformer_weights(path):
+def weights_of(path):
     """State dict of a file: .safetensors, a bare .pt, or the average ("ema", else "model" or
     "state_dict") of a training checkpoint. Raises FileNotFoundError, or ValueError."""
     # official SiT and DiT checkpoints keep their flags beside the weights
@@ -764,7 +766,8 @@ FLAGS = {
         "family": (tuple(FAMILIES), "sit", "which diffusion model of the run (default sit)"),
         "model": (str, None, "instead of a run: SiT-XL/2, DiT-XL/2 and the like, with --ckpt and "
                   "--vae"),
-        "ckpt": (Path, None, "weights of --model: .pt or .safetensors"),
+        "ckpt": (Path, None, "weights of --model: .pt or .safetensors; of --run: those of a "
+                 "snapshot, RUN/sit/ema-STEP.safetensors"),
         "classes": (str, ["balanced"], "balanced (default), random, or numbers or names of "
                     "classes, gone through again and again"),
         "seed": (int, 0, "of noise and random classes (default 0)"),
@@ -828,8 +831,7 @@ def checks(cfg):
          "give --run FOLDER, or --model, --ckpt and --vae, to sample; or --reconstruct DATA "
          "--vae FOLDER"),
         (cfg.model and not (cfg.ckpt and cfg.vae), "--model wants --ckpt FILE and --vae FOLDER"),
-        (cfg.run and (cfg.ckpt or cfg.vae),
-         "--run has its own weights: give no --ckpt and no --vae"),
+        (cfg.run and cfg.vae, "--run has its own autoencoder: give no --vae"),
     )
     _, samples, samplers, reconstructions = FLAGS.values()
     kind, foreign = "only", reconstructions

@@ -2705,7 +2705,8 @@ def test_a_stopped_stage_ends_like_one_that_ran_through(whole, tmp_path):
     through, stopped, folder = tmp_path / "a", tmp_path / "b", tmp_path / "b/sit"
     flags = dict(steps=120, log_every=5, save_every=10)
     command(*stage(whole, "sit", through, **flags))
-    assert set(checkpoint_of(through / "sit")) == {"step", "log", "net", "ema", "opt"}
+    assert set(checkpoint_of(through / "sit")) == {
+        "step", "log", "processes", "net", "ema", "opt"}
     words = stage(whole, "sit", stopped, **flags)
     folder.mkdir(parents=True)                               # killed before it saved, within a line
     (folder / "log.jsonl").write_text('{"step": 5, "loss": 1}\n{"step": 1')
@@ -2742,6 +2743,53 @@ def test_a_stopped_stage_ends_like_one_that_ran_through(whole, tmp_path):
     path.write_bytes(damaged)
     assert "the checksum of" in command(*words).stdout
     same_end(through, stopped)
+
+
+def test_a_finished_run_becomes_a_longer_one(whole, tmp_path):
+    """With a constant rate it ends like one of that length, and keeps what it had; with a cosine,
+    without a checkpoint, or shorter it is refused. sample.py takes a snapshot."""
+    long, grown, cosine = (tmp_path / name for name in ("long", "grown", "cosine"))
+    flags = dict(decay=1, warmup=2, log_every=5, save_every=5)
+    command(*stage(whole, "sit", long, "--snapshots 10", steps=20, **flags))
+    command(*stage(whole, "sit", grown, steps=10, **flags))
+    first = (grown / "sit/ema.safetensors").read_bytes()
+    samples = "sample.py --num 2 --steps 2 --run", grown, "--out"
+    command(*samples, tmp_path / "first.npz")
+    command(*stage(whole, "sit", grown, steps=20, **flags))
+    same_end(long, grown)
+    for run in (long, grown):
+        assert (run / "sit/ema-0000010.safetensors").read_bytes() == first
+    command(*samples, tmp_path / "same.npz", "--ckpt", grown / "sit/ema-0000010.safetensors")
+    command(*samples, tmp_path / "last.npz")
+    a, b, c = (images_of(tmp_path / f"{name}.npz") for name in ("first", "same", "last"))
+    assert (a == b).all() and (a != c).any()
+
+    assert "steps = 20, not 10" in refused(*stage(whole, "sit", grown, steps=10, **flags))
+    assert "30: the run has 20" in refused(
+        *stage(whole, "sit", long, "--snapshots 30", steps=20, **flags))
+    command(*stage(whole, "sit", cosine, steps=5, **{**flags, "decay": 0.5}))
+    assert "its rate falls" in refused(
+        *stage(whole, "sit", cosine, steps=10, **{**flags, "decay": 0.5}))
+    (grown / "sit/checkpoint.pt").unlink()
+    assert "no checkpoint.pt" in refused(*stage(whole, "sit", grown, steps=30, **flags))
+
+
+def test_a_log_goes_on_with_what_happened(tmp_path, capsys):
+    """A step counts once, whatever processes wrote it and go on; lines that cannot be read are
+    left out, and that is said."""
+    log = train.Log(SimpleNamespace(log_every=5, batch_size=8), tmp_path)
+    path, line = tmp_path / "log.jsonl", '{{"step": {}, "loss": 1.0}}\n'.format
+    path.write_text(line(5) + '{"st\n' + line(15) + "7\n" + line(25) + '{"step": 30')
+    log.go_on(20, {"loss": (6.0, 6)}, 2)                            # three steps of mean 1
+    assert path.read_text() == line(5) + line(15)
+    said = capsys.readouterr().out
+    assert "2 lines cannot be read, the last is of step 15 of 20" in said
+    log.start_clock()
+    log.add(loss=5.0)
+    assert log.write(24, 0.1) == {"loss": 2.0}
+    path.write_text(line(5))
+    log.go_on(5, {}, 1)
+    assert path.read_text() == line(5) and not capsys.readouterr().out
 
 
 def under_a_limit(kilobytes, *words):
@@ -3190,7 +3238,11 @@ def published(tmp_path_factory):
     other = {name: value + 1 for name, value in ema.items()}
     torch.save({"ema": ema, "model": other, "opt": {"state": {}},
                 "args": argparse.Namespace(model="SiT-Ti/2")}, root / "sit.pt")
-    torch.save(nets["DiT"].state_dict(), root / "dit.pt")
+    # as DDP and torch.compile leave it, in bfloat16
+    nets["DiT"] = nets["DiT"].bfloat16().float()
+    torch.save({f"_orig_mod.module.{name}": value.bfloat16()
+                for name, value in nets["DiT"].state_dict().items()}, root / "dit.pt")
+    torch.save({"ema": {**ema, "projectors.0.0.weight": torch.zeros(2, 2)}}, root / "repa.pt")
     wide = vae.AutoencoderKL(block_out_channels=(32, 32), layers_per_block=1, latent_channels=8)
     wide.save_pretrained(root / "wide")
     return root, nets, theirs.eval()
@@ -3250,7 +3302,7 @@ def test_a_run_whose_files_have_changed_is_not_sampled(whole, tmp_path):
     ("FILES --ckpt ROOT/vae/diffusion_pytorch_model.safetensors", "hold the weights of a SiT"),
     ("FILES --vae ROOT", "config.json"), ("FILES --vae ROOT/wide", "has latents of 8 channels"),
     ("FILES --classes 31", "numbers from 0 to 30"), ("FILES --classes cat", "names of classes"),
-    ("FILES --tasks features", "stage align"), ("FILES --out x.jpg", "ends in .npz or .zip"),
+    ("FILES --ckpt ROOT/repa.pt", "a SiT of REPA"), ("FILES --tasks features", "stage align"), ("FILES --out x.jpg", "ends in .npz or .zip"),
     ("FILES --steps ddim5", "steps ddim5: SiT wants a number"),
     ("FILES --steps X", "--steps: X: want 50"), ("FILES --eta 1", "--eta is no option of sit.py"),
     ("FILES --cfg-interval 0.9 0.1", "cfg_interval"),
@@ -3259,7 +3311,7 @@ def test_a_run_whose_files_have_changed_is_not_sampled(whole, tmp_path):
     ("FILES --sampler sde-euler --diffusion-form x", "diffusion_form 'x'"),
     ("FILES --sampler sde-euler --diffusion-norm -1", "diffusion_norm -1"),
     ("--model SiT-Ti/2", "--ckpt FILE"), ("--run nowhere", "--stage sit"),
-    ("RUN --ckpt ROOT/sit.pt", "no --ckpt"), ("RUN --path gvp", "was trained with linear"),
+    ("RUN --ckpt ROOT/sit.pt", "does not fit"), ("RUN --path gvp", "was trained with linear"),
     ("RUN --sampler ddpm", "sampler 'ddpm' is not known: choose euler"),
     ("RUN --family dit --sampler ddim --eta 1.5", "eta 1.5: want 0 to 1"),
     ("RUN --metrics psnr", "--metrics is only for --reconstruct"), ("RUN --num 0", "at least 1"),

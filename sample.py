@@ -22,6 +22,7 @@ here an image counts with at most 100 dB.
 """
 import argparse
 import inspect
+import json
 import math
 import os
 import re
@@ -371,6 +372,8 @@ def with_weights(net, path):
     """The network with the weights of a file, to be used as it is; stops where they do not fit."""
     try:
         load_strict(net, weights_of(path), path)
+        if not all(x.isfinite().all() for x in net.state_dict().values()):
+            raise ValueError(f"{path} holds numbers that are not finite: it is damaged")
     except (OSError, ValueError) as error:
         stop(error)
     return net.eval()
@@ -660,6 +663,10 @@ def is_done(cfg, options):
             if path.is_file() and other.exists():
                 stop(f"--out {cfg.out}: {other} is there, with which it would share {path}: "
                      "choose another name")
+        there = [beside(cfg.out, end) for end in PRODUCTS if beside(cfg.out, end).exists()]
+        if there and not Rows.folder_of(cfg.out).is_dir() and not is_ours(path):
+            stop(f"--out {cfg.out}: {there[0]} is there, is not of this program, and would be "
+                 "replaced: choose another name")
         return False
     if not path.is_file():
         stop(f"--out {cfg.out} exists: choose another name or delete it")
@@ -668,6 +675,18 @@ def is_done(cfg, options):
         shutil.rmtree(Rows.folder_of(cfg.out), ignore_errors=True)  # killed at the very end
         print(f"{cfg.out} is done already")
     return True
+
+
+PRODUCTS = (".json", ".png", "-latents.npy", "-tasks.npz", "-tasks.png", "-labels.npy",
+            "-originals.npz")                                       # what stands beside --out
+
+
+def is_ours(path):
+    """Whether a file is the .json that this program writes."""
+    try:
+        return path.is_file() and "autoencoder" in dict(json.loads(path.read_text()))
+    except (ValueError, TypeError):
+        return False
 
 
 def beside(path, ending):
@@ -768,8 +787,8 @@ FLAGS = {
                   "--vae"),
         "ckpt": (Path, None, "weights of --model: .pt or .safetensors; of --run: those of a "
                  "snapshot, RUN/sit/ema-STEP.safetensors"),
-        "classes": (str, ["balanced"], "balanced (default), random, or numbers or names of "
-                    "classes, gone through again and again"),
+        "classes": (str, ["balanced"], "balanced (default), random, or numbers from 0 or names of "
+                    "classes, gone through again and again; name:7 is a class that is called 7"),
         "seed": (int, 0, "of noise and random classes (default 0)"),
         "decode_batch_size": (int, None, "latents that are decoded at once (default: as is fast)"),
         "latents": (bool, False, "write the latents too, as OUT-latents.npy"),
@@ -886,15 +905,21 @@ def sampler_options(cfg, source):
 
 
 def parse_classes(words, names):
-    """--classes as labels_of wants it: "balanced", "random", or numbers; a word may be a class'
-    name. The number behind the last class stands for no label. Stops for others."""
+    """--classes as labels_of wants it: "balanced", "random", or numbers; a word that is no number
+    is a class' name. The number behind the last class stands for no label. Stops for others."""
     if words in (["balanced"], ["random"]):
         return words[0]
+    labels = []
     for word in words:
-        if word not in names and not (word.isdecimal() and int(word) <= len(names)):
+        name = word.removeprefix("name:")
+        if word.isdecimal() and int(word) <= len(names):
+            labels.append(int(word))
+        elif name in names:
+            labels.append(names.index(name))
+        else:
             stop(f"--classes {word}: want balanced, random, numbers from 0 to {len(names)} (which "
-                 f"is no label), or names of classes, such as {names[0]!r}")
-    return [names.index(word) if word in names else int(word) for word in words]
+                 f"is no label), or names of classes, such as name:{names[0]}")
+    return labels
 
 
 def main():

@@ -511,7 +511,9 @@ def keep_statistics(autoencoder, data, count=16_384):
                   for images, _ in in_order(data, 8, rows))
     batches = ((q.mean, q.std) for q in posteriors)                 # each (n, C, h, w)
     mean, std = mean_and_deviation(batches, autoencoder.config["latent_channels"])
-    autoencoder.config.update(latents_mean=mean.tolist(), latents_std=std.tolist())
+    # diffusers applies both: its scale says nothing beside them
+    autoencoder.config.update(latents_mean=mean.tolist(), latents_std=std.tolist(),
+                              scaling_factor=1.0, shift_factor=None)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -532,7 +534,8 @@ def encode_latents(cfg):
     flips = 2 if cfg.flip else 1
     side = cfg.image_size // autoencoder.factor
     shape = (2 * autoencoder.config["latent_channels"], side, side)
-    work = Rows(folder / "moments.npy", (flips, len(train_set)), {}, moments=(shape, np.float16))
+    work = Rows(folder / "moments.npy", (flips, len(train_set)), {}, moments=(shape, np.float16),
+                crc=((), np.uint32))
     batches = work.batches(cfg.batch_size)
     keys = [[(row % len(train_set), row >= len(train_set)) for row in rows.tolist()]
             for rows in batches]
@@ -545,7 +548,9 @@ def encode_latents(cfg):
             if not moments.isfinite().all():
                 stop(f"{source}: latents of images {rows[0]} to {rows[-1]} are not finite, or "
                      "beyond float16: is it damaged, or in half precision?")
-            work.put(rows, moments=moments.cpu().numpy())
+            moments = moments.cpu().numpy()
+            crc = np.array([zlib.crc32(row.tobytes()) for row in moments], np.uint32)
+            work.put(rows, moments=moments, crc=crc)
             bar.update(len(rows))
             if stopping := asked_to_stop():
                 work.finish()
@@ -554,6 +559,7 @@ def encode_latents(cfg):
     mean, std = statistics(work.arrays["moments"], cfg.latent_scale)
     if rank == 0:
         os.replace(work.path("moments"), folder / "moments.npy")
+        os.replace(work.path("crc"), folder / "crc.npy")
         with atomic_file(folder / "labels.npy") as file:
             np.save(file, train_set.labels.numpy())
         write_json(dict(autoencoder=checksum(source), classes=list(train_set.classes),
@@ -604,6 +610,7 @@ class Latents:
         meta = read_json(folder / "meta.json")
         try:
             self.moments = np.load(folder / "moments.npy", mmap_mode="r")
+            self.crc = np.load(folder / "crc.npy")                  # (flips, images)
             self.labels = torch.from_numpy(np.load(folder / "labels.npy"))
         except (OSError, ValueError) as error:
             stop(f"{folder} is damaged ({error}): run stage latents again with another --out")
@@ -621,7 +628,12 @@ class Latents:
     def __getitems__(self, keys):
         """keys: list of (index, flipped) -> moments (n, 2C, h, w), labels (n,)."""
         index, flipped = np.array(keys, dtype=int).T
-        moments = torch.from_numpy(self.moments[flipped, index])
+        moments = self.moments[flipped, index]
+        for row, crc, number in zip(moments, self.crc[flipped, index], index):
+            if zlib.crc32(row.tobytes()) != crc:
+                raise DataError(f"{self.folder}/moments.npy is damaged at image {number}: run "
+                                "stage latents again with another --out")
+        moments = torch.from_numpy(moments)
         return moments.to(torch.get_default_dtype()), self.labels[index]
 
 
@@ -1261,7 +1273,9 @@ def to_float(images):
 
 
 def to_uint8(x):
-    """Images in [-1, 1] -> uint8, by rounding."""
+    """Images in [-1, 1] -> uint8, by rounding. Raises DataError where they are not finite."""
+    if not x.isfinite().all():                                      # they would be black
+        raise DataError("images are not finite: it diverged, or the weights are damaged")
     return ((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 

@@ -2787,14 +2787,14 @@ def test_a_finished_run_becomes_a_longer_one(whole, tmp_path):
 
 @pytest.mark.parametrize("file, says, words", [
     ("sit/ema.safetensors", "sha256 differs", "sample.py --num 2 --steps 1 --run RUN --out X.npz"),
-    ("vae/diffusion_pytorch_model.safetensors", "is not the autoencoder that",
+    ("align/diffusion_pytorch_model.safetensors", "is not the autoencoder that",
      "sample.py --num 2 --steps 1 --run RUN --out X.npz"),
     ("latents/moments.npy", "is damaged at image",
      "train.py --stage sit SMALL --workers 1 --steps 200 --out RUN/b --vae RUN/vae --latents "
      "RUN/latents --data x")])
 def test_one_bit_is_noticed_by_the_stage_that_reads_it(whole, tmp_path, file, says, words):
     """In the middle of what another stage wrote, where the file is still whole."""
-    run = copy_of(whole, tmp_path / "run", "vae", "latents", "sit")
+    run = copy_of(whole, tmp_path / "run", "vae", "align", "latents", "sit")
     content = bytearray((run / file).read_bytes())
     content[len(content) // 2] ^= 1
     (run / file).write_bytes(content)

@@ -1,4 +1,4 @@
-"""FID, sFID, Inception Score, precision, recall and KID, as ADM's evaluation suite defines them.
+"""FID, sFID, Inception Score, precision and recall as ADM's evaluator defines them, and KID.
 
 A network that was trained to classify ImageNet, Inception v3, turns every image into features. A
 measure compares the features of generated images with those of real ones:
@@ -15,16 +15,18 @@ measure compares the features of generated images with those of real ones:
 
 Heusel et al., arXiv 1706.08500; Nash et al., 2103.03841; Salimans et al., 1606.03498; Kynkaanniemi
 et al., 1904.06991; Binkowski et al., 1801.01401; ADM's script: github.com/openai/guided-diffusion,
-evaluations/evaluator.py. The network is that of 2015 which all of them use, in pytorch-fid's
-conversion, fetched on first use.
+evaluations/evaluator.py. The network is TensorFlow's of 2015, as ADM has it, in pytorch-fid's
+conversion, fetched on first use. As in ADM its features are those of precision and recall too,
+where Kynkaanniemi's are of VGG-16. KID is torch-fidelity's.
 
     python fid.py samples.npz VIRTUAL_imagenet256_labeled.npz
-    torchrun --nproc_per_node=8 fid.py FOLDER reference.npz --metrics fid precision --json out.json
-    python fid.py REFERENCE_FOLDER --save-stats reference.npz
+    torchrun --nproc_per_node=8 fid.py FOLDER VIRTUAL_imagenet256_labeled.npz --json out.json
+    python fid.py REFERENCE_FOLDER --save-stats stats.npz
+    python fid.py samples.npz stats.npz --metrics fid sfid
 
 SAMPLES and REFERENCE: .npz with `arr_0` or .npy, (N, H, W, 3) uint8, or a folder or .zip of images,
-with all below. As reference also files of statistics: ADM's (mu, sigma, mu_s, sigma_s, and arr_0
-for precision and recall), pytorch-fid's.
+with all below. As reference also files of statistics: those of --save-stats; ADM's (mu, sigma,
+mu_s, sigma_s, and arr_0 for precision and recall); pytorch-fid's, of --resize pytorch-fid.
 """
 import argparse
 import collections
@@ -55,6 +57,13 @@ from tqdm import tqdm
 NOT_FINITE = "features are not finite: look at the images, or at the weights of the network"
 
 
+def check_finite(*arrays):
+    """Raise ValueError where a number is infinite or NaN."""
+    for array in arrays:
+        if not array.isfinite().all():
+            raise ValueError(NOT_FINITE)
+
+
 class Statistics:
     """Mean and covariance of rows that come in batches: memory does not grow with their number.
 
@@ -80,8 +89,7 @@ class Statistics:
             raise ValueError(f"{int(self.count)} images: mean and covariance need at least 2")
         mu = self.sum / self.count                                  # (D,)
         sigma = (self.products - self.count * mu.outer(mu)) / (self.count - 1)  # (D, D)
-        if not sigma.isfinite().all():
-            raise ValueError(NOT_FINITE)
+        check_finite(sigma)
         return mu.cpu().numpy(), sigma.cpu().numpy()
 
 
@@ -101,7 +109,7 @@ def feature_statistics(feats):
 def frechet_distance(mu1, sigma1, mu2, sigma2):
     """FID: the squared Frechet distance of two Gaussians, finite and never negative.
 
-    mu (D,), sigma (D, D). Raises ValueError for other shapes.
+    mu (D,), sigma (D, D). Raises ValueError for other shapes, and for NaN.
     """
     mu1, mu2, sigma1, sigma2 = (
         torch.as_tensor(a, dtype=torch.float64) for a in (mu1, mu2, sigma1, sigma2))
@@ -110,6 +118,7 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
         shapes = ", ".join(str(tuple(a.shape)) for a in (mu1, sigma1, mu2, sigma2))
         raise ValueError(f"statistics of shapes {shapes} do not go together: "
                          "want (D,), (D, D) twice")
+    check_finite(mu1, sigma1, mu2, sigma2)
 
     def factor(sigma):
         """A (D, rank) with sigma = A A^T."""
@@ -120,8 +129,9 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
 
     # Textbook: cross = scipy.linalg.sqrtm(sigma1 @ sigma2).trace(). But the product is not
     # symmetric, so that the root may come out complex, and with fewer images than dimensions the
-    # zeros among its eigenvalues come out as noise. With sigma1 = A A^T and sigma2 = B B^T they are
-    # the singular values of A^T B: 5.8 s for 2048 dimensions on one CPU core, where sqrtm took 13.
+    # zeros among its eigenvalues come out as noise. With sigma1 = A A^T and sigma2 = B B^T the
+    # eigenvalues of the root are the singular values of A^T B: 5.8 s for 2048 dimensions on one CPU
+    # core, where sqrtm took 13.
     cross = torch.linalg.svdvals(factor(sigma1).T @ factor(sigma2)).sum()
     distance = (mu1 - mu2).square().sum() + sigma1.trace() + sigma2.trace() - 2 * cross
     return max(distance.item(), 0.0)
@@ -131,11 +141,12 @@ def inception_score(logits, split_size=5000):
     """Inception Score of logits (N, K), without bias as ADM's: the mean over splits in their order.
 
     So images that are sorted by class score otherwise than shuffled ones. A short last split counts
-    as one. Raises ValueError for NaN logits.
+    as one. Raises ValueError for NaN logits, and for none.
     """
     logits = torch.as_tensor(logits)
-    if not logits.isfinite().all():
-        raise ValueError(NOT_FINITE)
+    if len(logits) == 0:
+        raise ValueError("0 images: the Inception Score needs at least 1")
+    check_finite(logits)
     scores = []
     for split in logits.split(split_size):                          # (split_size, K)
         log_p = split.double().log_softmax(dim=1)                   # p(y | x): (split_size, K)
@@ -153,12 +164,13 @@ def precision_recall(reference, samples, k=3, rows=1000):
     Around every image lies a ball that reaches to its k-th neighbour in its own set. Precision is
     the share of samples in some ball of the reference, recall that of the reference in some ball
     of the samples. Distances are made of `rows` images to all at a time, in the type of the
-    features. Raises ValueError for sets of k images or fewer.
+    features. Raises ValueError for sets of k images or fewer, and for NaN features.
     """
     reference = torch.as_tensor(reference)
     samples = torch.as_tensor(samples)
     if min(len(reference), len(samples)) <= k:
         raise ValueError(f"precision and recall with k = {k} need more than {k} images a set")
+    check_finite(reference, samples)
     centre = reference.mean(0)                                      # smaller numbers round less
     reference = reference - centre                                  # (M, D)
     samples = samples - centre                                      # (N, D)
@@ -170,13 +182,13 @@ def precision_recall(reference, samples, k=3, rows=1000):
             nearest.append(distances.topk(k + 1, largest=False).values)  # the image itself, and k
         return torch.cat(nearest)[:, -1]                            # (N,)
 
-    around_real = radii(reference)                                  # (M,)
+    around_reference = radii(reference)                             # (M,)
     around_samples = radii(samples)                                 # (N,)
     precise = []
     recalled = torch.zeros(len(reference), dtype=torch.bool, device=reference.device)
     for block, radius in zip(samples.split(rows), around_samples.split(rows)):
         distances = torch.cdist(block, reference)                   # (rows, M)
-        precise.append((distances <= around_real).any(dim=1))       # (rows,)
+        precise.append((distances <= around_reference).any(dim=1))  # (rows,)
         recalled |= (distances <= radius[:, None]).any(dim=0)       # (M,)
     return torch.cat(precise).double().mean().item(), recalled.double().mean().item()
 
@@ -185,11 +197,14 @@ def kid(feats1, feats2, subsets=100, subset_size=1000, seed=2020):
     """Kernel Inception Distance of feats (N, D), (M, D): mean and deviation of unbiased MMD^2.
 
     The random subsets are torch-fidelity's of the same seed. Raises ValueError where a set has
-    fewer than subset_size rows.
+    fewer than subset_size rows, and for NaN features.
     """
+    feats1 = torch.as_tensor(feats1)
+    feats2 = torch.as_tensor(feats2)
     if min(len(feats1), len(feats2)) < subset_size:
         raise ValueError(f"{len(feats1)} and {len(feats2)} images: KID wants at least its subset "
                          f"of {subset_size}")
+    check_finite(feats1, feats2)
     rng = np.random.RandomState(seed)
 
     def subset(feats):
@@ -203,8 +218,6 @@ def kid(feats1, feats2, subsets=100, subset_size=1000, seed=2020):
         k = kernel(x, x)                                            # (subset_size, subset_size)
         return k.sum() - k.trace()
 
-    feats1 = torch.as_tensor(feats1)
-    feats2 = torch.as_tensor(feats2)
     values = []
     for _ in range(subsets):
         x = subset(feats1)                                          # (subset_size, D)
@@ -452,7 +465,8 @@ class InceptionV3(nn.Module):
 
 
 # --------------------------------------------------------------------------------------------------
-# From images (N, 3, H, W) to the network's input in [-1, 1]. Tools differ, and so do their figures
+# From images (N, 3, H, W), uint8 or floats of 0 .. 255, to the network's input in [-1, 1]. Tools
+# differ, and so do their figures
 
 def in_float(images):
     """uint8 -> float32; floats as they are."""
@@ -501,6 +515,7 @@ RESIZES = {"tf1": resize_tf1, "pytorch-fid": resize_pytorch_fid, "clean-fid": re
 # --------------------------------------------------------------------------------------------------
 # Features of a set of images, shared out over the processes of torchrun
 
+# as torchrun sets them; read when this file is imported
 rank = int(os.environ.get("RANK", 0))
 local_rank = int(os.environ.get("LOCAL_RANK", 0))
 world_size = int(os.environ.get("WORLD_SIZE", 1))
@@ -511,7 +526,8 @@ Evaluation = collections.namedtuple("Evaluation", "pool3 spatial feats logits")
 def evaluate(model, images, keep, resize, batch_size, workers):
     """What the measures need of `images`, of which every process runs its share through the model.
 
-    -> on rank 0 an Evaluation: pool3 and spatial, (mu, sigma) of all images each; feats
+    images is of a class below, or any object with path, len() and batches(first, last, size,
+    workers). -> on rank 0 an Evaluation: pool3 and spatial, (mu, sigma) of all images each; feats
     (keep, 2048) and logits (keep, 1008) of `keep` images, evenly spread. None on other ranks.
     """
     device = model.fc.weight.device
@@ -552,7 +568,7 @@ def evaluate(model, images, keep, resize, batch_size, workers):
 
 
 def compare(samples, reference, metrics, device):
-    """Figures of two Evaluations: name -> number."""
+    """Figures of two Evaluations: name -> number. KID's subsets are as small as the smaller set."""
     figures = {}
     if "fid" in metrics:
         figures["fid"] = frechet_distance(*samples.pool3, *reference.pool3)
@@ -561,14 +577,15 @@ def compare(samples, reference, metrics, device):
     if "is" in metrics:
         figures["is"] = inception_score(samples.logits)
     if {"precision", "recall", "kid"} & set(metrics):
-        ours = samples.feats.to(device)                             # (N, 2048)
-        real = reference.feats.to(device)                           # (M, 2048)
+        feats = samples.feats.to(device)                            # (N, 2048)
+        feats_reference = reference.feats.to(device)                # (M, 2048)
         if {"precision", "recall"} & set(metrics):
-            figures["precision"], figures["recall"] = precision_recall(real, ours)
+            figures["precision"], figures["recall"] = precision_recall(feats_reference, feats)
         if "kid" in metrics:
-            size = min(1000, len(real), len(ours))
-            figures["kid"], figures["kid_std"] = kid(real, ours, subset_size=size)
-    return {name: value for name, value in figures.items() if name.removesuffix("_std") in metrics}
+            size = min(1000, len(feats_reference), len(feats))
+            figures["kid"], figures["kid_std"] = kid(feats_reference, feats, subset_size=size)
+            figures["kid_subset_size"] = size
+    return {name: value for name, value in figures.items() if name.split("_")[0] in metrics}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -672,7 +689,7 @@ class FolderImages:
         except Exception as error:                                  # damage raises almost anything
             raise ValueError(f"{self.path}/{name} cannot be used ({error}): "
                              "mend or remove it") from None
-        if pixels.shape != (self.shape or pixels.shape):
+        if self.shape and pixels.shape != self.shape:
             raise ValueError(f"{self.path}/{name} is {pixels.shape[0]} x {pixels.shape[1]}, "
                              f"{self.names[0]} is {self.shape[0]} x {self.shape[1]}: "
                              "bring all to one size")
@@ -680,8 +697,9 @@ class FolderImages:
 
     def batches(self, first, last, size, workers):
         """Arrays (n, H, W, 3) uint8 with images first .. last - 1, decoded by threads."""
-        ahead = collections.deque()                                 # two batches, beside the one
-        with ThreadPoolExecutor(workers) as pool:                   # that the network is at
+        # two batches are decoded while the network is at a third
+        ahead = collections.deque()
+        with ThreadPoolExecutor(workers) as pool:
             for start in range(first, last, size):
                 ahead.append(pool.map(self.read, self.names[start:min(start + size, last)]))
                 if len(ahead) > 2:
@@ -706,10 +724,11 @@ def open_images(path):
     raise ValueError(f"{path} is no .npz, .npy, folder or .zip")
 
 
-def read_statistics(path):
+def read_statistics(path, resize):
     """{"pool3": (mu, sigma), "spatial": ...} of those that a .npz has; {} of other files.
 
-    In the file they are mu and sigma, mu_s and sigma_s. Raises ValueError if they are of no use.
+    In the file they are mu and sigma, mu_s and sigma_s, and `resize`, which files of other tools
+    lack. Raises ValueError if they are of no use, or of images that were resized otherwise.
     """
     found = {}
     if Path(path).suffix != ".npz":
@@ -727,8 +746,12 @@ def read_statistics(path):
                 if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
                     raise ValueError(f"mu{end} or sigma{end} is not finite")
                 found[part] = mu, sigma
+            made_with = str(file["resize"]) if found and "resize" in file.files else resize
     except (OSError, ValueError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"{path} cannot be read as statistics ({error})") from None
+    if made_with != resize:
+        raise ValueError(f"{path} has statistics of images resized by {made_with}, not {resize}: "
+                         f"want --resize {made_with}")
     return found
 
 
@@ -741,21 +764,19 @@ PART = {"fid": "pool3", "sfid": "spatial"}                          # what has s
 
 
 def plan(cfg):
-    """What is to be done: images, reference images or None, statistics of a file, and metrics.
+    """What is to be done: samples, reference images or None, statistics of a file, and metrics.
 
     Raises OSError or ValueError for what cannot be done, before any work.
     """
     if (cfg.save_stats is None) == (cfg.reference is None):
         raise ValueError("give SAMPLES and REFERENCE, or one set of images and --save-stats FILE")
-    images = open_images(cfg.samples)
+    samples = open_images(cfg.samples)
     reference, statistics, metrics = None, {}, []
     if cfg.reference:
-        statistics = read_statistics(cfg.reference)
-        try:
+        statistics = read_statistics(cfg.reference, cfg.resize)
+        # statistics may come without images
+        if not statistics or "arr_0.npy" in zipfile.ZipFile(cfg.reference).namelist():
             reference = open_images(cfg.reference)
-        except ValueError:
-            if not statistics:                                      # which may come without images
-                raise
         possible = [name for name in METRICS
                     if reference or name == "is" or PART.get(name) in statistics]
         metrics = cfg.metrics or [name for name in possible if name != "kid"]
@@ -763,41 +784,41 @@ def plan(cfg):
             raise ValueError(f"{cfg.reference} has no images, and statistics for "
                              f"{', '.join(possible)} only: ask for those, "
                              "or give another reference")
-    for one in (images, reference):
-        if one is not None and len(one) < 2:
-            raise ValueError(f"{one.path} holds {one.about}: want at least 2")
+    for images in (samples, reference):
+        if images is not None and len(images) < 2:
+            raise ValueError(f"{images.path} holds {images.about}: want at least 2")
     for path in (cfg.json, cfg.save_stats):
         if path and not path.parent.is_dir():
             raise ValueError(f"{path}: there is no folder {path.parent}: make it first")
-    return images, reference, statistics, metrics
+    return samples, reference, statistics, metrics
 
 
-def report(cfg, images, told, fewest, figures):
+def report(cfg, samples, compared_with, few, figures):
     """Print a table of figures, with what they are of, and write them where --json says."""
-    weights = cfg.weights or INCEPTION[0].split("/")[-1]
-    print(f"samples    {cfg.samples}: {images.about}\nreference  {cfg.reference}: {told}\n"
-          f"inception  {weights}, resize {cfg.resize}\n")
+    facts = dict(samples=str(cfg.samples), num_samples=len(samples),
+                 reference=f"{cfg.reference}: {compared_with}",
+                 weights=str(cfg.weights or INCEPTION[0].split("/")[-1]), resize=cfg.resize)
+    print(f"samples    {cfg.samples}: {samples.about}\nreference  {facts['reference']}\n"
+          f"inception  {facts['weights']}, resize {cfg.resize}\n")
     for name, title in METRICS.items():
         if name not in figures:
             continue
         if name == "kid":
-            spread = figures["kid_std"]
-            print(f"{title:16}{figures[name]:12.6f} +- {spread:.6f} over subsets")
+            print(f"{title:16}{figures[name]:12.6f} +- {figures['kid_std']:.6f} "
+                  f"over subsets of {figures['kid_subset_size']:,} images")
         else:
             print(f"{title:16}{figures[name]:12.4f}")
-    if fewest < 2048 and PART.keys() & figures.keys():
+    if few and PART.keys() & figures.keys():
         print("\nfewer than 2,048 images: FID and sFID are far from those of many; "
               "compare with as many only")
     if cfg.json:
-        told = dict(samples=str(cfg.samples), num_samples=len(images),
-                    reference=f"{cfg.reference}: {told}", weights=str(weights), resize=cfg.resize)
         with atomic_file(cfg.json) as file:
-            file.write((json.dumps({**told, **figures}, indent=2) + "\n").encode())
+            file.write((json.dumps({**facts, **figures}, indent=2) + "\n").encode())
 
 
 def run(cfg):
     """Look at what was given, before any work; evaluate; let rank 0 compare, print and write."""
-    images, reference, statistics, metrics = plan(cfg)
+    samples, reference, statistics, metrics = plan(cfg)
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if world_size > 1:
@@ -809,32 +830,37 @@ def run(cfg):
     model = InceptionV3.from_published(cfg.weights).to(device)
     if local_rank == 0 and world_size > 1:
         dist.barrier()
-    of_feats = [name for name in metrics if name in ("precision", "recall", "kid")]
-    of_moments = [name for name in metrics if name in PART and PART[name] not in statistics]
+    # of the reference a metric wants mean and covariance, those of its file or of its images, or
+    # features
     of_file = [name for name in metrics if PART.get(name) in statistics]
+    of_moments = [name for name in metrics if name in PART and name not in of_file]
+    of_feats = [name for name in metrics if name in ("precision", "recall", "kid")]
     options = cfg.resize, cfg.batch_size, cfg.workers
-    ours = evaluate(model, images, len(images) if of_feats or "is" in metrics else 0, *options)
-    theirs = Evaluation(None, None, None, None)
+    keep = len(samples) if of_feats or "is" in metrics else 0
+    of_samples = evaluate(model, samples, keep, *options)
+    of_reference = Evaluation(None, None, None, None)
     if of_feats or of_moments:
         keep = cfg.references or len(reference)
-        theirs = evaluate(model, reference, keep if of_feats else 0, *options)
+        of_reference = evaluate(model, reference, keep if of_feats else 0, *options)
     if rank > 0:
         return
     if cfg.save_stats:
-        (mu, sigma), (mu_s, sigma_s) = ours.pool3, ours.spatial
+        (mu, sigma), (mu_s, sigma_s) = of_samples.pool3, of_samples.spatial
         with atomic_file(cfg.save_stats) as file:
-            np.savez(file, mu=mu, sigma=sigma, mu_s=mu_s, sigma_s=sigma_s)
-        print(f"statistics of {images.about} of {cfg.samples}, resize {cfg.resize}, "
+            np.savez(file, mu=mu, sigma=sigma, mu_s=mu_s, sigma_s=sigma_s, resize=cfg.resize)
+        print(f"statistics of {samples.about} of {cfg.samples}, resize {cfg.resize}, "
               f"in {cfg.save_stats}")
         return
-    told = ["its statistics"] if of_file else []
+    compared_with = []
+    if of_file:
+        compared_with.append(f"its statistics for {', '.join(of_file)}")
     if of_moments:
-        told.append(reference.about)
+        compared_with.append(f"{reference.about} for {', '.join(of_moments)}")
     if of_feats:
-        told.append(f"{len(theirs.feats):,} images for {', '.join(of_feats)}")
-    fewest = min(len(images), len(reference)) if of_moments else len(images)
-    figures = compare(ours, theirs._replace(**statistics), metrics, device)
-    report(cfg, images, "; ".join(told) or "not needed", fewest, figures)
+        compared_with.append(f"{len(of_reference.feats):,} images for {', '.join(of_feats)}")
+    few = len(samples) < 2048 or (of_moments and len(reference) < 2048)
+    figures = compare(of_samples, of_reference._replace(**statistics), metrics, device)
+    report(cfg, samples, "; ".join(compared_with) or "not needed", few, figures)
 
 
 def main():

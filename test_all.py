@@ -1936,7 +1936,8 @@ def test_inception_score_equals_official_figures(entry):
 
 @official("pr_")
 def test_precision_recall_equals_official_figures(entry):
-    """ADM's distances are of float16: a sample more or less."""
+    """ADM takes its distances in float16 where they are finite there: a sample more or less. Ours
+    are of the features' own type."""
     scalars = entry["scalars"]
     reference, samples = features_of(entry, "ref"), features_of(entry, "sample")
     for dtype in (torch.float32, torch.float64):
@@ -1955,13 +1956,23 @@ def test_kid_equals_official_figures(entry):
     assert found == pytest.approx(expected, rel=1e-6)
 
 
+ONE_NAN = np.eye(9, 3)
+ONE_NAN[0, 1] = math.nan
+
+
 @pytest.mark.parametrize("measure, given, said", [
     (fid.frechet_distance, (np.zeros(3), np.eye(3), np.zeros(2), np.eye(2)), "do not go together"),
     (fid.feature_statistics, (np.zeros((1, 3)),), "1 images: mean and covariance need at least 2"),
-    (fid.feature_statistics, (np.array([[1, math.nan], [1, 2], [2, 2]]),), "not finite"),
-    (fid.inception_score, (np.array([[1, math.nan], [1, 2]]),), "not finite"),
+    (fid.feature_statistics, (ONE_NAN,), "not finite"),
+    (fid.frechet_distance, (np.zeros(3), np.eye(3), ONE_NAN[0], np.eye(3)), "not finite"),
+    (fid.inception_score, (ONE_NAN,), "not finite"),
+    (fid.inception_score, (np.zeros((0, 3)),), "0 images: the Inception Score needs at least 1"),
     (fid.precision_recall, (np.zeros((3, 2)), np.zeros((9, 2))), "more than 3"),
-    (fid.kid, (np.zeros((9, 2)), np.zeros((8, 2)), 1, 9), "at least its subset of 9")])
+    (fid.precision_recall, (ONE_NAN, np.eye(9, 3)), "not finite"),
+    (fid.precision_recall, (np.eye(9, 3), ONE_NAN), "not finite"),
+    (fid.kid, (np.zeros((9, 2)), np.zeros((8, 2)), 1, 9), "at least its subset of 9"),
+    (fid.kid, (ONE_NAN, np.eye(9, 3), 1, 9), "not finite"),
+    (fid.kid, (np.eye(9, 3), ONE_NAN, 1, 9), "not finite")])
 def test_measures_refuse_what_they_cannot_compare(measure, given, said):
     with pytest.raises(ValueError, match=said):
         measure(*given)
@@ -2090,9 +2101,9 @@ def test_the_program_computes_what_its_functions_do(image_sets, inception_weight
     assert (figures["precision"], figures["recall"]) == expected
     expected = fid.kid(theirs.pool3, ours.pool3, subset_size=13)
     assert (figures["kid"], figures["kid_std"]) == pytest.approx(expected, rel=1e-4)
-    assert figures["num_samples"] == 21
+    assert figures["num_samples"] == 21 and figures["kid_subset_size"] == 13
     for text in ("21 images of 24 x 24", "resize tf1", *fid.METRICS.values(), "13 images",
-                 "fewer than 2,048"):
+                 "over subsets of 13 images", "fewer than 2,048"):
         assert text in table
 
 
@@ -2102,7 +2113,7 @@ def test_processes_and_files_of_statistics_give_the_same_figures(image_sets, inc
     options = ("--weights", inception_weights, "--batch-size", 8)
     figures, table = evaluated(image_sets / "folder", image_sets / "adm.npz", *options,
                                "--metrics", *fid.METRICS, processes=2)
-    assert "its statistics; 13 images for precision, recall, kid" in table
+    assert "its statistics for fid, sfid; 13 images for precision, recall, kid" in table
     for metric in (*fid.METRICS, "kid_std"):
         assert figures[metric] == pytest.approx(whole[metric], rel=1e-5, abs=1e-6), metric
     figures, _ = evaluated(samples, image_sets / "pytorch-fid.npz", *options)
@@ -2205,9 +2216,11 @@ def test_images_that_cannot_be_used_are_named(tmp_path, image_sets, inception_we
 def test_the_evaluator_refuses_what_it_cannot_do(image_sets, inception_weights, server,
                                                  monkeypatch, tmp_path):
     samples, only = image_sets / "samples.npz", image_sets / "pytorch-fid.npz"
+    stats = image_sets / "stats.npz"
     weights = ("--weights", inception_weights)
     np.savez(tmp_path / "other.npz", mu=np.zeros(64), sigma=np.eye(64))
     np.savez(tmp_path / "nan.npz", mu=np.full(2048, math.nan), sigma=np.eye(2048))
+    np.savez(tmp_path / "grey.npz", mu=np.zeros(2048), sigma=np.eye(2048), arr_0=BLACK[..., 0])
     broken = torch.load(inception_weights, weights_only=True)
     torch.save({**broken, "fc.bias": torch.zeros(5)}, tmp_path / "broken.pth")
     broken["Mixed_5b.branch1x1.bn.bias"] = torch.full((64,), math.nan)
@@ -2219,6 +2232,8 @@ def test_the_evaluator_refuses_what_it_cannot_do(image_sets, inception_weights, 
             ((only, *weights, "--batch-size", 0), "--batch-size 0"),
             ((tmp_path / "other.npz", *weights), "want those of 2048"),
             ((tmp_path / "nan.npz", *weights), "not finite"),
+            ((tmp_path / "grey.npz", *weights), "want images (N, H, W, 3)"),
+            ((stats, *weights, "--resize", "clean-fid"), "by tf1, not clean-fid: want --resize tf1"),
             ((only, "--weights", tmp_path / "broken.pth"), "does not fit"),
             ((only, "--weights", tmp_path / "nan.pth", "--metrics", "fid"),
              "features are not finite"),

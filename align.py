@@ -18,6 +18,7 @@ choices of this code. DINOv2 is Oquab et al., arXiv 2304.07193; with registers, 
 
     teacher = load_teacher("dinov2_vitb14")
     heads = AlignmentHeads(latent_channels=4, embed_dim=768, fold=2)
+    heads.fit_statistics(*teacher_tokens(teacher, many_images, 224))
     targets = heads.standardize(*teacher_tokens(teacher, x, 224))
     loss, parts = align_loss(*heads(z), *targets)
     mask = segmentation_head(heads.feature_map(z)).argmax(1)        # a head made for DINOv2 itself
@@ -65,6 +66,8 @@ class AlignmentHeads(nn.Module):
     def __init__(self, latent_channels=4, embed_dim=1024, hidden_dim=2048, fold=2, pool=4,
                  target="norm", grid=None):
         super().__init__()
+        if target not in ("norm", "prenorm"):
+            raise ValueError(f"target {target!r} is not known: choose norm or prenorm")
         self.config = dict(latent_channels=latent_channels, embed_dim=embed_dim,
                            hidden_dim=hidden_dim, fold=fold, pool=pool, target=target, grid=grid)
         self.fold = fold
@@ -128,10 +131,9 @@ class AlignmentHeads(nn.Module):
 
     @torch.no_grad()
     def fit_norm(self, norm):
-        """Take the parameters of the teacher's last norm, if the targets are tokens before it."""
-        if self.target == "prenorm":
-            self.norm_weight.copy_(norm.weight)
-            self.norm_bias.copy_(norm.bias)
+        """Take the parameters of the teacher's last norm, for targets that are tokens before it."""
+        self.norm_weight.copy_(norm.weight)
+        self.norm_bias.copy_(norm.bias)
 
     def apply_norm(self, tokens, normed):
         """Tokens (..., D) in the teacher's scale, after its last norm if normed, else before it."""
@@ -150,16 +152,15 @@ class AlignmentHeads(nn.Module):
         return tuple(self.grid or (h // self.fold, w // self.fold))
 
 
-# Forms of d: factors (w_cos, w_l1). Those of "both" are the paper's at second hand: the paper's
-# README states none, and a public trainer that cites it has these, as AM-RADIO (arXiv 2312.06709)
-# has them.
+# Forms of d: factors (w_cos, w_l1). Those of "both" are the paper's at second hand: its README
+# states none, and a public trainer that cites it has these.
 FORMS = {"both": (0.9, 0.1), "cosine": (1.0, 0.0), "l1": (0.0, 1.0)}
 
 
 def feature_distance(x, target, form):
     """d of features x and their targets (..., D), and its two parts, detached.
 
-        d = w_cos (1 - cosine) + w_l1 smooth_l1, averaged over all tokens
+        d = w_cos (1 - cosine) + w_l1 smooth_l1, averaged over all tokens, smooth_l1 over channels
         smooth_l1 = a^2 / 2 where a = |x - target| is below 1, a - 1/2 elsewhere
     """
     w_cos, w_l1 = FORMS[form]
@@ -187,22 +188,10 @@ def align_loss(patch, cls, patch_target, cls_target, form="both", patch_weight=1
 # --------------------------------------------------------------------------------------------------
 # Teachers: the one place that knows what a teacher is
 
-# To align with another model (CLIP, MAE, a ResNet), write a module like this one, and let
-# load_teacher return it for a name of its own. Of a ResNet the pixels of the last map are the
-# tokens, and their mean is the class token. A model that was trained with other statistics than
-# ImageNet's first undoes those of teacher_input.
-#
-#     class ResNetTeacher(nn.Module):
-#         embed_dim, patch_size = 2048, 32                            # D, p
-#         norm = None                                                 # for target="prenorm" alone
-#
-#         def __init__(self, resnet):
-#             super().__init__()
-#             self.body = nn.Sequential(*list(resnet.children())[:-2])
-#
-#         def forward_features(self, x):                              # (N, 3, size, size)
-#             patch = self.body(x).flatten(2).transpose(1, 2)         # (N, T, D), a square grid
-#             return {"x_norm_patchtokens": patch, "x_norm_clstoken": patch.mean(1)}
+# Another model (CLIP, MAE, a ResNet) becomes one by three names, as README shows in ten lines:
+# embed_dim, patch_size, and forward_features(x), which gives x_norm_patchtokens (N, T, D) of a
+# square grid and x_norm_clstoken (N, D). Let load_teacher return it for a name of its own. A model
+# that was trained with other statistics than ImageNet's first undoes those of teacher_input.
 
 
 def load_teacher(name_or_folder):
@@ -399,10 +388,10 @@ class DINOv2(nn.Module):
         cls = self.pos_embed[:, :1]                                 # (1, 1, D)
         grid = self.pos_embed[:, 1:].float()                        # (1, side^2, D)
         grid = grid.view(1, side, side, -1).permute(0, 3, 1, 2)     # (1, D, side, side)
-        if self.num_registers:                                      # these models were trained so
+        if self.num_registers:                                      # as the official code for these
             grid = F.interpolate(grid, (gh, gw), mode="bicubic", antialias=True)  # (1, D, gh, gw)
         else:
-            # the others so: the 0.1, against a size rounded down, moves the samples a little
+            # and for the others: its 0.1, against a size rounded down, moves the samples a little
             scale = ((gh + 0.1) / side, (gw + 0.1) / side)
             grid = F.interpolate(grid, scale_factor=scale, mode="bicubic")  # (1, D, gh, gw)
         grid = grid.permute(0, 2, 3, 1).flatten(1, 2)               # (1, gh gw, D)
@@ -446,6 +435,8 @@ class DINOv2(nn.Module):
         in their order; reshape: as maps (N, D, gh, gw); return_class_token: pairs with the class
         token (N, D); norm: by the last norm."""
         wanted = range(len(self.blocks) - n, len(self.blocks)) if isinstance(n, int) else n
+        if not set(wanted) <= set(range(len(self.blocks))):
+            raise ValueError(f"blocks {list(wanted)}: there are 0 to {len(self.blocks) - 1}")
         grid = x.shape[2] // self.patch_size, x.shape[3] // self.patch_size
         layers = []
         h = self.tokens(x)                                          # (N, S, D)
@@ -531,9 +522,9 @@ class DepthHead(nn.Module):
 
 
 def segment(dinov2, head, x):
-    """Logits (N, num_classes, H, W) of normalised images x (N, 3, H, W) by a published head, as the
-    official code does it: centred in zeros to whole patches, then resized to H x W with the border
-    that was added still in it."""
+    """Logits (N, num_classes, H, W) of normalised images x (N, 3, H, W) by a published head, in one
+    window and at one scale: centred in zeros to whole patches, then resized to H x W with the
+    border that was added still in it, as the official code does."""
     num_layers = head.bn.num_features // dinov2.embed_dim
     padded = center_pad(x, dinov2.patch_size)                       # (N, 3, p gh, p gw)
     maps = dinov2.get_intermediate_layers(padded, num_layers, reshape=True)
@@ -741,7 +732,7 @@ def check_width(features, wanted, head):
     """ValueError where features (N, D, ...) are not as wide as a head wants them."""
     if features.shape[1] != wanted:
         raise ValueError(f"a {head} for width {wanted} got features of {features.shape[1]}: "
-                         "it is of another teacher")
+                         "it is of another teacher, or of another number of its blocks")
 
 
 # === shared by vae.py, align.py and fid.py: begin ===

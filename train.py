@@ -424,7 +424,8 @@ def new_autoencoder(cfg):
         nets.autoencoder.heads = align.AlignmentHeads(
             cfg.latent_channels, nets.teacher.embed_dim, cfg.align_hidden, cfg.fold, cfg.pool,
             cfg.target, None if side * cfg.fold == grid else (side, side))
-        nets.autoencoder.heads.fit_norm(nets.teacher.norm)
+        if cfg.target == "prenorm":
+            nets.autoencoder.heads.fit_norm(nets.teacher.norm)
     if cfg.disc_weight and not cfg.freeze:
         nets.discriminator = vae.PatchDiscriminator()
     return cfg, nets

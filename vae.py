@@ -197,9 +197,9 @@ class Encoder(nn.Module):
 
     def forward(self, x):
         h = self.conv_in(fast_layout(x))                            # (N, D_0, H, W)
-        for block in self.down_blocks:                              # l = 0 ... L
+        for block in self.down_blocks:                              # l = 0 ... L, the last as it is
             h = block(h)                                            # (N, D_l, H_l / 2, W_l / 2)
-        h = self.mid_block(h)                                       # (N, D_L, h, w): L halves not
+        h = self.mid_block(h)                                       # (N, D_L, h, w)
         h = silu(self.conv_norm_out(h))                             # (N, D_L, h, w)
         return self.conv_out(h)                                     # (N, 2C, h, w)
 
@@ -225,9 +225,9 @@ class Decoder(nn.Module):
     def forward(self, z):
         h = self.conv_in(fast_layout(z))                            # (N, D_L, h, w)
         h = self.mid_block(h)                                       # (N, D_L, h, w)
-        for block in self.up_blocks:                                # l = L ... 0
+        for block in self.up_blocks:                                # l = L ... 0, the last as it is
             h = block(h)                                            # (N, D_l, 2 H_l, 2 W_l)
-        h = silu(self.conv_norm_out(h))                             # (N, D_0, H, W): 0 doubles not
+        h = silu(self.conv_norm_out(h))                             # (N, D_0, H, W)
         return self.conv_out(h)                                     # (N, 3, H, W)
 
 

@@ -33,9 +33,11 @@ import collections
 import contextlib
 import hashlib
 import http.client
+import io
 import json
 import os
 import re
+import struct
 import sys
 import urllib.request
 import zipfile
@@ -48,7 +50,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
 # --------------------------------------------------------------------------------------------------
@@ -137,7 +139,10 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     return max(distance.item(), 0.0)
 
 
-def inception_score(logits, split_size=5000):
+SPLIT_SIZE = 5000                                                   # ADM's
+
+
+def inception_score(logits, split_size=SPLIT_SIZE):
     """Inception Score of logits (N, K), without bias as ADM's: the mean over splits in their order.
 
     So images that are sorted by class score otherwise than shuffled ones. A short last split counts
@@ -547,6 +552,10 @@ def evaluate(model, images, keep, resize, batch_size, workers):
             x = RESIZES[resize](x.permute(0, 3, 1, 2))              # (N, 3, 299, 299)
             x = x.contiguous(memory_format=torch.channels_last)     # the same, as the weights lie
             out = model(x)                                          # Features of the N images
+            finite = torch.cat(out, dim=1).isfinite().all(dim=1)    # (N,) bool
+            if not finite.all():
+                number = first + finite.tolist().index(False)
+                raise ValueError(f"{images.path}, image {number} (of 0 ..): {NOT_FINITE}")
             pool3.update(out.pool3)                                 # (N, 2048)
             spatial.update(out.spatial)                             # (N, 2023)
             here = kept[first:first + len(batch)]                   # (N,) bool
@@ -650,42 +659,24 @@ class ArrayImages:
 
 
 class FolderImages:
-    """Image files of a folder or .zip and all below, by name: 8-bit RGB or grey, as RGB.
+    """Image files of a folder or .zip and all below, by name, as read_rgb reads them.
 
-    Raises ValueError for others.
+    Raises ValueError where there is none or one cannot be read, and for different sizes.
     """
-
-    SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
 
     def __init__(self, path):
         self.path = Path(path)
-        self.zip = self.shape = None
-        if self.path.is_dir():
-            names = [p.relative_to(self.path).as_posix() for p in self.path.rglob("*")]
-        else:
-            try:
-                self.zip = zipfile.ZipFile(self.path)
-            except zipfile.BadZipFile as error:
-                raise ValueError(f"{path} cannot be read ({error}): "
-                                 "want a folder or .zip of images") from None
-            names = self.zip.namelist()
-        self.names = sorted(name for name in names if Path(name).suffix.lower() in self.SUFFIXES)
-        if not self.names:
-            suffixes = ", ".join(sorted(self.SUFFIXES))
-            raise ValueError(f"{path} has no images: want files of {suffixes}")
+        self.names, self.entries, others = list_images(self.path)
+        self.shape = None
         self.shape = self.read(self.names[0]).shape                 # (H, W, 3), that of all
         self.about = f"{len(self):,} images of {self.shape[0]} x {self.shape[1]}"
+        if others:
+            self.about += f" (files passed over: {others:,})"
 
     def read(self, name):
         """One image (H, W, 3) uint8."""
         try:
-            opened = self.zip.open(name) if self.zip else open(self.path / name, "rb")
-            with opened as file, Image.open(file) as image:
-                if "transparency" in image.info:
-                    raise ValueError("it is transparent, want 8-bit RGB or grey")
-                if image.mode not in ("RGB", "L", "1", "P"):
-                    raise ValueError(f"it is of mode {image.mode}, want 8-bit RGB or grey")
-                pixels = np.asarray(image.convert("RGB"))           # (H, W, 3)
+            pixels = np.asarray(read_rgb(read_file(self.path, name, self.entries)))
         except Exception as error:                                  # damage raises almost anything
             raise ValueError(f"{self.path}/{name} cannot be used ({error}): "
                              "mend or remove it") from None
@@ -693,7 +684,7 @@ class FolderImages:
             raise ValueError(f"{self.path}/{name} is {pixels.shape[0]} x {pixels.shape[1]}, "
                              f"{self.names[0]} is {self.shape[0]} x {self.shape[1]}: "
                              "bring all to one size")
-        return pixels
+        return pixels                                               # (H, W, 3)
 
     def batches(self, first, last, size, workers):
         """Arrays (n, H, W, 3) uint8 with images first .. last - 1, decoded by threads."""
@@ -790,7 +781,18 @@ def plan(cfg):
     for path in (cfg.json, cfg.save_stats):
         if path and not path.parent.is_dir():
             raise ValueError(f"{path}: there is no folder {path.parent}: make it first")
+    if cfg.json and cfg.json.exists() and not is_report(cfg.json):
+        raise ValueError(f"--json {cfg.json} is there and no report of fid.py: choose another name")
     return samples, reference, statistics, metrics
+
+
+def is_report(path):
+    """Whether a file is one that `report` writes."""
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return False
+    return isinstance(found, dict) and {"samples", "num_samples", "reference"} <= found.keys()
 
 
 def report(cfg, samples, compared_with, few, figures):
@@ -811,9 +813,14 @@ def report(cfg, samples, compared_with, few, figures):
     if few and PART.keys() & figures.keys():
         print("\nfewer than 2,048 images: FID and sFID are far from those of many; "
               "compare with as many only")
+    rest = len(samples) % SPLIT_SIZE
+    if "is" in figures and rest and len(samples) > SPLIT_SIZE:
+        print(f"\nInception Score: the last split has {rest:,} images and counts like those of "
+              f"{SPLIT_SIZE:,}")
     if cfg.json:
         with atomic_file(cfg.json) as file:
-            file.write((json.dumps({**facts, **figures}, indent=2) + "\n").encode())
+            text = json.dumps({**facts, **figures}, indent=2, allow_nan=False)
+            file.write((text + "\n").encode())
 
 
 def run(cfg):
@@ -899,6 +906,113 @@ def main():
         sys.exit(130)
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+# --------------------------------------------------------------------------------------------------
+# Image files of a folder or .zip. train.py finds and reads its images with these too
+
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM", "TIFF", "GIF")      # Pillow opens no other
+SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+LARGEST_FILE = 2 ** 29                                              # bytes of an image's file
+
+
+def read_rgb(file):
+    """An image file -> RGB PIL image. Turned upright where EXIF tells how; the first picture of an
+    animation; grey, palette and CMYK as Pillow converts them; transparent pixels before white; 16
+    bits to 8 by rounding. Raises for float pixels, and for more than 179 million pixels, which
+    Pillow takes for an attack."""
+    try:
+        opened = Image.open(file, formats=FORMATS)
+    except UnidentifiedImageError:
+        raise ValueError("no image") from None
+    with opened as image:
+        if image.mode == "F":
+            raise ValueError("its pixels are floats, of unknown range")
+        ImageOps.exif_transpose(image, in_place=True)
+        if image.mode.startswith("I"):
+            grey = np.asarray(image)
+            if grey.min() < 0 or grey.max() > 65535:
+                raise ValueError("its pixels have more than 16 bits")
+            image = Image.fromarray((grey / 257).round().astype(np.uint8))  # 65535 = 257 x 255
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return image.convert("RGB")
+
+
+def list_images(path):
+    """Names of the image files of a folder or .zip and all below it, sorted; what `read_file` wants
+    of them; and the number of other files. Hidden files are nothing. Raises OSError, or ValueError
+    for a broken .zip and where there is no image."""
+    entries = None if path.is_dir() else list_zip(path)
+    names = list_folder(path) if entries is None else list(entries)
+    images = sorted(name for name in names if name.lower().endswith(SUFFIXES))
+    if not images:
+        raise ValueError(f"{path} has no images: want files that end in {', '.join(SUFFIXES)}")
+    return images, entries, len(names) - len(images)
+
+
+def list_folder(path):
+    """Names of all files below a folder, linked folders too, hidden ones not: about as fast as
+    os.walk."""
+    names, todo = [], [("", ())]
+    while todo:
+        inside, above = todo.pop()
+        status = os.stat(path / inside)
+        if (status.st_dev, status.st_ino) in above:                 # a link to a folder around it
+            continue
+        with os.scandir(path / inside) as entries:
+            for entry in entries:
+                if entry.name.startswith(".") or entry.name == "__MACOSX":
+                    continue
+                if entry.is_dir():
+                    folders = (*above, (status.st_dev, status.st_ino))
+                    todo.append((f"{inside}{entry.name}/", folders))
+                else:
+                    names.append(inside + entry.name)
+    return names
+
+
+def list_zip(path):
+    """{name: where its bytes are} of all files in a .zip, hidden ones not: its directory is read
+    once, here, and not again in every process that loads images."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            infos = archive.infolist()
+    except (OSError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path} is a broken .zip ({error}): fetch it anew") from None
+    return {info.filename: (info.header_offset, info.compress_size, info.file_size,
+                            info.compress_type, info.CRC)
+            for info in infos if not info.is_dir() and not any(
+                part.startswith((".", "__MACOSX")) for part in info.filename.split("/"))}
+
+
+def read_file(path, name, entries):
+    """A file of a folder or .zip, in memory, of at most LARGEST_FILE bytes. Raises OSError or
+    ValueError."""
+    if entries is not None:
+        return io.BytesIO(read_from_zip(path, *entries[name]))
+    if (path / name).stat().st_size > LARGEST_FILE:
+        raise ValueError(f"it has more than {LARGEST_FILE} bytes")
+    return io.BytesIO((path / name).read_bytes())
+
+
+def read_from_zip(path, offset, compressed, size, method, checksum):
+    """Bytes of one file in a .zip: a local header, then the data, stored or deflated. Raises
+    ValueError for others."""
+    known = method in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+    if not known or max(size, compressed) > LARGEST_FILE:
+        raise ValueError(f"it has {size} bytes, compressed by method {method}")
+    with open(path, "rb") as file:
+        file.seek(offset)
+        lengths = struct.unpack("<26xHH", file.read(30))            # of the name, the extra field
+        file.seek(sum(lengths), os.SEEK_CUR)
+        data = file.read(compressed)
+    if method == zipfile.ZIP_DEFLATED:
+        data = zlib.decompressobj(-15).decompress(data, size + 1)   # never more than was declared
+    if len(data) != size or zlib.crc32(data) != checksum:
+        raise ValueError("its bytes are not those that the .zip lists")
+    return data
 
 
 # --------------------------------------------------------------------------------------------------

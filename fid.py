@@ -1,4 +1,4 @@
-"""FID, sFID, Inception Score, precision, recall and KID, as ADM's evaluation suite defines them.
+"""FID, sFID, Inception Score, precision and recall as ADM's evaluator defines them, and KID.
 
 A network that was trained to classify ImageNet, Inception v3, turns every image into features. A
 measure compares the features of generated images with those of real ones:
@@ -15,25 +15,29 @@ measure compares the features of generated images with those of real ones:
 
 Heusel et al., arXiv 1706.08500; Nash et al., 2103.03841; Salimans et al., 1606.03498; Kynkaanniemi
 et al., 1904.06991; Binkowski et al., 1801.01401; ADM's script: github.com/openai/guided-diffusion,
-evaluations/evaluator.py. The network is that of 2015 which all of them use, in pytorch-fid's
-conversion, fetched on first use.
+evaluations/evaluator.py. The network is TensorFlow's of 2015, as ADM has it, in pytorch-fid's
+conversion, fetched on first use. As in ADM its features are those of precision and recall too,
+where Kynkaanniemi's are of VGG-16. KID is torch-fidelity's.
 
     python fid.py samples.npz VIRTUAL_imagenet256_labeled.npz
-    torchrun --nproc_per_node=8 fid.py FOLDER reference.npz --metrics fid precision --json out.json
-    python fid.py REFERENCE_FOLDER --save-stats reference.npz
+    torchrun --nproc_per_node=8 fid.py FOLDER VIRTUAL_imagenet256_labeled.npz --json out.json
+    python fid.py REFERENCE_FOLDER --save-stats stats.npz
+    python fid.py samples.npz stats.npz --metrics fid sfid
 
 SAMPLES and REFERENCE: .npz with `arr_0` or .npy, (N, H, W, 3) uint8, or a folder or .zip of images,
-with all below. As reference also files of statistics: ADM's (mu, sigma, mu_s, sigma_s, and arr_0
-for precision and recall), pytorch-fid's.
+with all below. As reference also files of statistics: those of --save-stats; ADM's (mu, sigma,
+mu_s, sigma_s, and arr_0 for precision and recall); pytorch-fid's, of --resize pytorch-fid.
 """
 import argparse
 import collections
 import contextlib
 import hashlib
 import http.client
+import io
 import json
 import os
 import re
+import struct
 import sys
 import urllib.request
 import zipfile
@@ -46,13 +50,20 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
 # --------------------------------------------------------------------------------------------------
 # The measures. Each can be used alone, on anybody's features
 
 NOT_FINITE = "features are not finite: look at the images, or at the weights of the network"
+
+
+def check_finite(*arrays):
+    """Raise ValueError where a number is infinite or NaN."""
+    for array in arrays:
+        if not array.isfinite().all():
+            raise ValueError(NOT_FINITE)
 
 
 class Statistics:
@@ -80,8 +91,7 @@ class Statistics:
             raise ValueError(f"{int(self.count)} images: mean and covariance need at least 2")
         mu = self.sum / self.count                                  # (D,)
         sigma = (self.products - self.count * mu.outer(mu)) / (self.count - 1)  # (D, D)
-        if not sigma.isfinite().all():
-            raise ValueError(NOT_FINITE)
+        check_finite(sigma)
         return mu.cpu().numpy(), sigma.cpu().numpy()
 
 
@@ -101,7 +111,7 @@ def feature_statistics(feats):
 def frechet_distance(mu1, sigma1, mu2, sigma2):
     """FID: the squared Frechet distance of two Gaussians, finite and never negative.
 
-    mu (D,), sigma (D, D). Raises ValueError for other shapes.
+    mu (D,), sigma (D, D). Raises ValueError for other shapes, and for NaN.
     """
     mu1, mu2, sigma1, sigma2 = (
         torch.as_tensor(a, dtype=torch.float64) for a in (mu1, mu2, sigma1, sigma2))
@@ -110,6 +120,7 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
         shapes = ", ".join(str(tuple(a.shape)) for a in (mu1, sigma1, mu2, sigma2))
         raise ValueError(f"statistics of shapes {shapes} do not go together: "
                          "want (D,), (D, D) twice")
+    check_finite(mu1, sigma1, mu2, sigma2)
 
     def factor(sigma):
         """A (D, rank) with sigma = A A^T."""
@@ -120,22 +131,27 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
 
     # Textbook: cross = scipy.linalg.sqrtm(sigma1 @ sigma2).trace(). But the product is not
     # symmetric, so that the root may come out complex, and with fewer images than dimensions the
-    # zeros among its eigenvalues come out as noise. With sigma1 = A A^T and sigma2 = B B^T they are
-    # the singular values of A^T B: 5.8 s for 2048 dimensions on one CPU core, where sqrtm took 13.
+    # zeros among its eigenvalues come out as noise. With sigma1 = A A^T and sigma2 = B B^T the
+    # eigenvalues of the root are the singular values of A^T B: 5.8 s for 2048 dimensions on one CPU
+    # core, where sqrtm took 13.
     cross = torch.linalg.svdvals(factor(sigma1).T @ factor(sigma2)).sum()
     distance = (mu1 - mu2).square().sum() + sigma1.trace() + sigma2.trace() - 2 * cross
     return max(distance.item(), 0.0)
 
 
-def inception_score(logits, split_size=5000):
+SPLIT_SIZE = 5000                                                   # ADM's
+
+
+def inception_score(logits, split_size=SPLIT_SIZE):
     """Inception Score of logits (N, K), without bias as ADM's: the mean over splits in their order.
 
     So images that are sorted by class score otherwise than shuffled ones. A short last split counts
-    as one. Raises ValueError for NaN logits.
+    as one. Raises ValueError for NaN logits, and for none.
     """
     logits = torch.as_tensor(logits)
-    if not logits.isfinite().all():
-        raise ValueError(NOT_FINITE)
+    if len(logits) == 0:
+        raise ValueError("0 images: the Inception Score needs at least 1")
+    check_finite(logits)
     scores = []
     for split in logits.split(split_size):                          # (split_size, K)
         log_p = split.double().log_softmax(dim=1)                   # p(y | x): (split_size, K)
@@ -153,12 +169,13 @@ def precision_recall(reference, samples, k=3, rows=1000):
     Around every image lies a ball that reaches to its k-th neighbour in its own set. Precision is
     the share of samples in some ball of the reference, recall that of the reference in some ball
     of the samples. Distances are made of `rows` images to all at a time, in the type of the
-    features. Raises ValueError for sets of k images or fewer.
+    features. Raises ValueError for sets of k images or fewer, and for NaN features.
     """
     reference = torch.as_tensor(reference)
     samples = torch.as_tensor(samples)
     if min(len(reference), len(samples)) <= k:
         raise ValueError(f"precision and recall with k = {k} need more than {k} images a set")
+    check_finite(reference, samples)
     centre = reference.mean(0)                                      # smaller numbers round less
     reference = reference - centre                                  # (M, D)
     samples = samples - centre                                      # (N, D)
@@ -170,13 +187,13 @@ def precision_recall(reference, samples, k=3, rows=1000):
             nearest.append(distances.topk(k + 1, largest=False).values)  # the image itself, and k
         return torch.cat(nearest)[:, -1]                            # (N,)
 
-    around_real = radii(reference)                                  # (M,)
+    around_reference = radii(reference)                             # (M,)
     around_samples = radii(samples)                                 # (N,)
     precise = []
     recalled = torch.zeros(len(reference), dtype=torch.bool, device=reference.device)
     for block, radius in zip(samples.split(rows), around_samples.split(rows)):
         distances = torch.cdist(block, reference)                   # (rows, M)
-        precise.append((distances <= around_real).any(dim=1))       # (rows,)
+        precise.append((distances <= around_reference).any(dim=1))  # (rows,)
         recalled |= (distances <= radius[:, None]).any(dim=0)       # (M,)
     return torch.cat(precise).double().mean().item(), recalled.double().mean().item()
 
@@ -185,11 +202,14 @@ def kid(feats1, feats2, subsets=100, subset_size=1000, seed=2020):
     """Kernel Inception Distance of feats (N, D), (M, D): mean and deviation of unbiased MMD^2.
 
     The random subsets are torch-fidelity's of the same seed. Raises ValueError where a set has
-    fewer than subset_size rows.
+    fewer than subset_size rows, and for NaN features.
     """
+    feats1 = torch.as_tensor(feats1)
+    feats2 = torch.as_tensor(feats2)
     if min(len(feats1), len(feats2)) < subset_size:
         raise ValueError(f"{len(feats1)} and {len(feats2)} images: KID wants at least its subset "
                          f"of {subset_size}")
+    check_finite(feats1, feats2)
     rng = np.random.RandomState(seed)
 
     def subset(feats):
@@ -203,8 +223,6 @@ def kid(feats1, feats2, subsets=100, subset_size=1000, seed=2020):
         k = kernel(x, x)                                            # (subset_size, subset_size)
         return k.sum() - k.trace()
 
-    feats1 = torch.as_tensor(feats1)
-    feats2 = torch.as_tensor(feats2)
     values = []
     for _ in range(subsets):
         x = subset(feats1)                                          # (subset_size, D)
@@ -452,7 +470,8 @@ class InceptionV3(nn.Module):
 
 
 # --------------------------------------------------------------------------------------------------
-# From images (N, 3, H, W) to the network's input in [-1, 1]. Tools differ, and so do their figures
+# From images (N, 3, H, W), uint8 or floats of 0 .. 255, to the network's input in [-1, 1]. Tools
+# differ, and so do their figures
 
 def in_float(images):
     """uint8 -> float32; floats as they are."""
@@ -501,6 +520,7 @@ RESIZES = {"tf1": resize_tf1, "pytorch-fid": resize_pytorch_fid, "clean-fid": re
 # --------------------------------------------------------------------------------------------------
 # Features of a set of images, shared out over the processes of torchrun
 
+# as torchrun sets them; read when this file is imported
 rank = int(os.environ.get("RANK", 0))
 local_rank = int(os.environ.get("LOCAL_RANK", 0))
 world_size = int(os.environ.get("WORLD_SIZE", 1))
@@ -511,7 +531,8 @@ Evaluation = collections.namedtuple("Evaluation", "pool3 spatial feats logits")
 def evaluate(model, images, keep, resize, batch_size, workers):
     """What the measures need of `images`, of which every process runs its share through the model.
 
-    -> on rank 0 an Evaluation: pool3 and spatial, (mu, sigma) of all images each; feats
+    images is of a class below, or any object with path, len() and batches(first, last, size,
+    workers). -> on rank 0 an Evaluation: pool3 and spatial, (mu, sigma) of all images each; feats
     (keep, 2048) and logits (keep, 1008) of `keep` images, evenly spread. None on other ranks.
     """
     device = model.fc.weight.device
@@ -531,6 +552,10 @@ def evaluate(model, images, keep, resize, batch_size, workers):
             x = RESIZES[resize](x.permute(0, 3, 1, 2))              # (N, 3, 299, 299)
             x = x.contiguous(memory_format=torch.channels_last)     # the same, as the weights lie
             out = model(x)                                          # Features of the N images
+            finite = torch.cat(out, dim=1).isfinite().all(dim=1)    # (N,) bool
+            if not finite.all():
+                number = first + finite.tolist().index(False)
+                raise ValueError(f"{images.path}, image {number} (of 0 ..): {NOT_FINITE}")
             pool3.update(out.pool3)                                 # (N, 2048)
             spatial.update(out.spatial)                             # (N, 2023)
             here = kept[first:first + len(batch)]                   # (N,) bool
@@ -552,7 +577,7 @@ def evaluate(model, images, keep, resize, batch_size, workers):
 
 
 def compare(samples, reference, metrics, device):
-    """Figures of two Evaluations: name -> number."""
+    """Figures of two Evaluations: name -> number. KID's subsets are as small as the smaller set."""
     figures = {}
     if "fid" in metrics:
         figures["fid"] = frechet_distance(*samples.pool3, *reference.pool3)
@@ -561,14 +586,15 @@ def compare(samples, reference, metrics, device):
     if "is" in metrics:
         figures["is"] = inception_score(samples.logits)
     if {"precision", "recall", "kid"} & set(metrics):
-        ours = samples.feats.to(device)                             # (N, 2048)
-        real = reference.feats.to(device)                           # (M, 2048)
+        feats = samples.feats.to(device)                            # (N, 2048)
+        feats_reference = reference.feats.to(device)                # (M, 2048)
         if {"precision", "recall"} & set(metrics):
-            figures["precision"], figures["recall"] = precision_recall(real, ours)
+            figures["precision"], figures["recall"] = precision_recall(feats_reference, feats)
         if "kid" in metrics:
-            size = min(1000, len(real), len(ours))
-            figures["kid"], figures["kid_std"] = kid(real, ours, subset_size=size)
-    return {name: value for name, value in figures.items() if name.removesuffix("_std") in metrics}
+            size = min(1000, len(feats_reference), len(feats))
+            figures["kid"], figures["kid_std"] = kid(feats_reference, feats, subset_size=size)
+            figures["kid_subset_size"] = size
+    return {name: value for name, value in figures.items() if name.split("_")[0] in metrics}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -633,55 +659,38 @@ class ArrayImages:
 
 
 class FolderImages:
-    """Image files of a folder or .zip and all below, by name: 8-bit RGB or grey, as RGB.
+    """Image files of a folder or .zip and all below, by name, as read_rgb reads them.
 
-    Raises ValueError for others.
+    Raises ValueError where there is none or one cannot be read, and for different sizes.
     """
-
-    SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
 
     def __init__(self, path):
         self.path = Path(path)
-        self.zip = self.shape = None
-        if self.path.is_dir():
-            names = [p.relative_to(self.path).as_posix() for p in self.path.rglob("*")]
-        else:
-            try:
-                self.zip = zipfile.ZipFile(self.path)
-            except zipfile.BadZipFile as error:
-                raise ValueError(f"{path} cannot be read ({error}): "
-                                 "want a folder or .zip of images") from None
-            names = self.zip.namelist()
-        self.names = sorted(name for name in names if Path(name).suffix.lower() in self.SUFFIXES)
-        if not self.names:
-            suffixes = ", ".join(sorted(self.SUFFIXES))
-            raise ValueError(f"{path} has no images: want files of {suffixes}")
+        self.names, self.entries, others = list_images(self.path)
+        self.shape = None
         self.shape = self.read(self.names[0]).shape                 # (H, W, 3), that of all
         self.about = f"{len(self):,} images of {self.shape[0]} x {self.shape[1]}"
+        if others:
+            self.about += f" (files passed over: {others:,})"
 
     def read(self, name):
         """One image (H, W, 3) uint8."""
         try:
-            opened = self.zip.open(name) if self.zip else open(self.path / name, "rb")
-            with opened as file, Image.open(file) as image:
-                if "transparency" in image.info:
-                    raise ValueError("it is transparent, want 8-bit RGB or grey")
-                if image.mode not in ("RGB", "L", "1", "P"):
-                    raise ValueError(f"it is of mode {image.mode}, want 8-bit RGB or grey")
-                pixels = np.asarray(image.convert("RGB"))           # (H, W, 3)
+            pixels = np.asarray(read_rgb(read_file(self.path, name, self.entries)))
         except Exception as error:                                  # damage raises almost anything
             raise ValueError(f"{self.path}/{name} cannot be used ({error}): "
                              "mend or remove it") from None
-        if pixels.shape != (self.shape or pixels.shape):
+        if self.shape and pixels.shape != self.shape:
             raise ValueError(f"{self.path}/{name} is {pixels.shape[0]} x {pixels.shape[1]}, "
                              f"{self.names[0]} is {self.shape[0]} x {self.shape[1]}: "
                              "bring all to one size")
-        return pixels
+        return pixels                                               # (H, W, 3)
 
     def batches(self, first, last, size, workers):
         """Arrays (n, H, W, 3) uint8 with images first .. last - 1, decoded by threads."""
-        ahead = collections.deque()                                 # two batches, beside the one
-        with ThreadPoolExecutor(workers) as pool:                   # that the network is at
+        # two batches are decoded while the network is at a third
+        ahead = collections.deque()
+        with ThreadPoolExecutor(workers) as pool:
             for start in range(first, last, size):
                 ahead.append(pool.map(self.read, self.names[start:min(start + size, last)]))
                 if len(ahead) > 2:
@@ -706,10 +715,11 @@ def open_images(path):
     raise ValueError(f"{path} is no .npz, .npy, folder or .zip")
 
 
-def read_statistics(path):
+def read_statistics(path, resize):
     """{"pool3": (mu, sigma), "spatial": ...} of those that a .npz has; {} of other files.
 
-    In the file they are mu and sigma, mu_s and sigma_s. Raises ValueError if they are of no use.
+    In the file they are mu and sigma, mu_s and sigma_s, and `resize`, which files of other tools
+    lack. Raises ValueError if they are of no use, or of images that were resized otherwise.
     """
     found = {}
     if Path(path).suffix != ".npz":
@@ -727,8 +737,12 @@ def read_statistics(path):
                 if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
                     raise ValueError(f"mu{end} or sigma{end} is not finite")
                 found[part] = mu, sigma
+            made_with = str(file["resize"]) if found and "resize" in file.files else resize
     except (OSError, ValueError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"{path} cannot be read as statistics ({error})") from None
+    if made_with != resize:
+        raise ValueError(f"{path} has statistics of images resized by {made_with}, not {resize}: "
+                         f"want --resize {made_with}")
     return found
 
 
@@ -741,21 +755,19 @@ PART = {"fid": "pool3", "sfid": "spatial"}                          # what has s
 
 
 def plan(cfg):
-    """What is to be done: images, reference images or None, statistics of a file, and metrics.
+    """What is to be done: samples, reference images or None, statistics of a file, and metrics.
 
     Raises OSError or ValueError for what cannot be done, before any work.
     """
     if (cfg.save_stats is None) == (cfg.reference is None):
         raise ValueError("give SAMPLES and REFERENCE, or one set of images and --save-stats FILE")
-    images = open_images(cfg.samples)
+    samples = open_images(cfg.samples)
     reference, statistics, metrics = None, {}, []
     if cfg.reference:
-        statistics = read_statistics(cfg.reference)
-        try:
+        statistics = read_statistics(cfg.reference, cfg.resize)
+        # statistics may come without images
+        if not statistics or "arr_0.npy" in zipfile.ZipFile(cfg.reference).namelist():
             reference = open_images(cfg.reference)
-        except ValueError:
-            if not statistics:                                      # which may come without images
-                raise
         possible = [name for name in METRICS
                     if reference or name == "is" or PART.get(name) in statistics]
         metrics = cfg.metrics or [name for name in possible if name != "kid"]
@@ -763,41 +775,57 @@ def plan(cfg):
             raise ValueError(f"{cfg.reference} has no images, and statistics for "
                              f"{', '.join(possible)} only: ask for those, "
                              "or give another reference")
-    for one in (images, reference):
-        if one is not None and len(one) < 2:
-            raise ValueError(f"{one.path} holds {one.about}: want at least 2")
+    for images in (samples, reference):
+        if images is not None and len(images) < 2:
+            raise ValueError(f"{images.path} holds {images.about}: want at least 2")
     for path in (cfg.json, cfg.save_stats):
         if path and not path.parent.is_dir():
             raise ValueError(f"{path}: there is no folder {path.parent}: make it first")
-    return images, reference, statistics, metrics
+    if cfg.json and cfg.json.exists() and not is_report(cfg.json):
+        raise ValueError(f"--json {cfg.json} is there and no report of fid.py: choose another name")
+    return samples, reference, statistics, metrics
 
 
-def report(cfg, images, told, fewest, figures):
+def is_report(path):
+    """Whether a file is one that `report` writes."""
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return False
+    return isinstance(found, dict) and {"samples", "num_samples", "reference"} <= found.keys()
+
+
+def report(cfg, samples, compared_with, few, figures):
     """Print a table of figures, with what they are of, and write them where --json says."""
-    weights = cfg.weights or INCEPTION[0].split("/")[-1]
-    print(f"samples    {cfg.samples}: {images.about}\nreference  {cfg.reference}: {told}\n"
-          f"inception  {weights}, resize {cfg.resize}\n")
+    facts = dict(samples=str(cfg.samples), num_samples=len(samples),
+                 reference=f"{cfg.reference}: {compared_with}",
+                 weights=str(cfg.weights or INCEPTION[0].split("/")[-1]), resize=cfg.resize)
+    print(f"samples    {cfg.samples}: {samples.about}\nreference  {facts['reference']}\n"
+          f"inception  {facts['weights']}, resize {cfg.resize}\n")
     for name, title in METRICS.items():
         if name not in figures:
             continue
         if name == "kid":
-            spread = figures["kid_std"]
-            print(f"{title:16}{figures[name]:12.6f} +- {spread:.6f} over subsets")
+            print(f"{title:16}{figures[name]:12.6f} +- {figures['kid_std']:.6f} "
+                  f"over subsets of {figures['kid_subset_size']:,} images")
         else:
             print(f"{title:16}{figures[name]:12.4f}")
-    if fewest < 2048 and PART.keys() & figures.keys():
+    if few and PART.keys() & figures.keys():
         print("\nfewer than 2,048 images: FID and sFID are far from those of many; "
               "compare with as many only")
+    rest = len(samples) % SPLIT_SIZE
+    if "is" in figures and rest and len(samples) > SPLIT_SIZE:
+        print(f"\nInception Score: the last split has {rest:,} images and counts like those of "
+              f"{SPLIT_SIZE:,}")
     if cfg.json:
-        told = dict(samples=str(cfg.samples), num_samples=len(images),
-                    reference=f"{cfg.reference}: {told}", weights=str(weights), resize=cfg.resize)
         with atomic_file(cfg.json) as file:
-            file.write((json.dumps({**told, **figures}, indent=2) + "\n").encode())
+            text = json.dumps({**facts, **figures}, indent=2, allow_nan=False)
+            file.write((text + "\n").encode())
 
 
 def run(cfg):
     """Look at what was given, before any work; evaluate; let rank 0 compare, print and write."""
-    images, reference, statistics, metrics = plan(cfg)
+    samples, reference, statistics, metrics = plan(cfg)
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if world_size > 1:
@@ -809,32 +837,37 @@ def run(cfg):
     model = InceptionV3.from_published(cfg.weights).to(device)
     if local_rank == 0 and world_size > 1:
         dist.barrier()
-    of_feats = [name for name in metrics if name in ("precision", "recall", "kid")]
-    of_moments = [name for name in metrics if name in PART and PART[name] not in statistics]
+    # of the reference a metric wants mean and covariance, those of its file or of its images, or
+    # features
     of_file = [name for name in metrics if PART.get(name) in statistics]
+    of_moments = [name for name in metrics if name in PART and name not in of_file]
+    of_feats = [name for name in metrics if name in ("precision", "recall", "kid")]
     options = cfg.resize, cfg.batch_size, cfg.workers
-    ours = evaluate(model, images, len(images) if of_feats or "is" in metrics else 0, *options)
-    theirs = Evaluation(None, None, None, None)
+    keep = len(samples) if of_feats or "is" in metrics else 0
+    of_samples = evaluate(model, samples, keep, *options)
+    of_reference = Evaluation(None, None, None, None)
     if of_feats or of_moments:
         keep = cfg.references or len(reference)
-        theirs = evaluate(model, reference, keep if of_feats else 0, *options)
+        of_reference = evaluate(model, reference, keep if of_feats else 0, *options)
     if rank > 0:
         return
     if cfg.save_stats:
-        (mu, sigma), (mu_s, sigma_s) = ours.pool3, ours.spatial
+        (mu, sigma), (mu_s, sigma_s) = of_samples.pool3, of_samples.spatial
         with atomic_file(cfg.save_stats) as file:
-            np.savez(file, mu=mu, sigma=sigma, mu_s=mu_s, sigma_s=sigma_s)
-        print(f"statistics of {images.about} of {cfg.samples}, resize {cfg.resize}, "
+            np.savez(file, mu=mu, sigma=sigma, mu_s=mu_s, sigma_s=sigma_s, resize=cfg.resize)
+        print(f"statistics of {samples.about} of {cfg.samples}, resize {cfg.resize}, "
               f"in {cfg.save_stats}")
         return
-    told = ["its statistics"] if of_file else []
+    compared_with = []
+    if of_file:
+        compared_with.append(f"its statistics for {', '.join(of_file)}")
     if of_moments:
-        told.append(reference.about)
+        compared_with.append(f"{reference.about} for {', '.join(of_moments)}")
     if of_feats:
-        told.append(f"{len(theirs.feats):,} images for {', '.join(of_feats)}")
-    fewest = min(len(images), len(reference)) if of_moments else len(images)
-    figures = compare(ours, theirs._replace(**statistics), metrics, device)
-    report(cfg, images, "; ".join(told) or "not needed", fewest, figures)
+        compared_with.append(f"{len(of_reference.feats):,} images for {', '.join(of_feats)}")
+    few = len(samples) < 2048 or (of_moments and len(reference) < 2048)
+    figures = compare(of_samples, of_reference._replace(**statistics), metrics, device)
+    report(cfg, samples, "; ".join(compared_with) or "not needed", few, figures)
 
 
 def main():
@@ -873,6 +906,113 @@ def main():
         sys.exit(130)
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+# --------------------------------------------------------------------------------------------------
+# Image files of a folder or .zip. train.py finds and reads its images with these too
+
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM", "TIFF", "GIF")      # Pillow opens no other
+SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+LARGEST_FILE = 2 ** 29                                              # bytes of an image's file
+
+
+def read_rgb(file):
+    """An image file -> RGB PIL image. Turned upright where EXIF tells how; the first picture of an
+    animation; grey, palette and CMYK as Pillow converts them; transparent pixels before white; 16
+    bits to 8 by rounding. Raises for float pixels, and for more than 179 million pixels, which
+    Pillow takes for an attack."""
+    try:
+        opened = Image.open(file, formats=FORMATS)
+    except UnidentifiedImageError:
+        raise ValueError("no image") from None
+    with opened as image:
+        if image.mode == "F":
+            raise ValueError("its pixels are floats, of unknown range")
+        ImageOps.exif_transpose(image, in_place=True)
+        if image.mode.startswith("I"):
+            grey = np.asarray(image)
+            if grey.min() < 0 or grey.max() > 65535:
+                raise ValueError("its pixels have more than 16 bits")
+            image = Image.fromarray((grey / 257).round().astype(np.uint8))  # 65535 = 257 x 255
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return image.convert("RGB")
+
+
+def list_images(path):
+    """Names of the image files of a folder or .zip and all below it, sorted; what `read_file` wants
+    of them; and the number of other files. Hidden files are nothing. Raises OSError, or ValueError
+    for a broken .zip and where there is no image."""
+    entries = None if path.is_dir() else list_zip(path)
+    names = list_folder(path) if entries is None else list(entries)
+    images = sorted(name for name in names if name.lower().endswith(SUFFIXES))
+    if not images:
+        raise ValueError(f"{path} has no images: want files that end in {', '.join(SUFFIXES)}")
+    return images, entries, len(names) - len(images)
+
+
+def list_folder(path):
+    """Names of all files below a folder, linked folders too, hidden ones not: about as fast as
+    os.walk."""
+    names, todo = [], [("", ())]
+    while todo:
+        inside, above = todo.pop()
+        status = os.stat(path / inside)
+        if (status.st_dev, status.st_ino) in above:                 # a link to a folder around it
+            continue
+        with os.scandir(path / inside) as entries:
+            for entry in entries:
+                if entry.name.startswith(".") or entry.name == "__MACOSX":
+                    continue
+                if entry.is_dir():
+                    folders = (*above, (status.st_dev, status.st_ino))
+                    todo.append((f"{inside}{entry.name}/", folders))
+                else:
+                    names.append(inside + entry.name)
+    return names
+
+
+def list_zip(path):
+    """{name: where its bytes are} of all files in a .zip, hidden ones not: its directory is read
+    once, here, and not again in every process that loads images."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            infos = archive.infolist()
+    except (OSError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path} is a broken .zip ({error}): fetch it anew") from None
+    return {info.filename: (info.header_offset, info.compress_size, info.file_size,
+                            info.compress_type, info.CRC)
+            for info in infos if not info.is_dir() and not any(
+                part.startswith((".", "__MACOSX")) for part in info.filename.split("/"))}
+
+
+def read_file(path, name, entries):
+    """A file of a folder or .zip, in memory, of at most LARGEST_FILE bytes. Raises OSError or
+    ValueError."""
+    if entries is not None:
+        return io.BytesIO(read_from_zip(path, *entries[name]))
+    if (path / name).stat().st_size > LARGEST_FILE:
+        raise ValueError(f"it has more than {LARGEST_FILE} bytes")
+    return io.BytesIO((path / name).read_bytes())
+
+
+def read_from_zip(path, offset, compressed, size, method, checksum):
+    """Bytes of one file in a .zip: a local header, then the data, stored or deflated. Raises
+    ValueError for others."""
+    known = method in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+    if not known or max(size, compressed) > LARGEST_FILE:
+        raise ValueError(f"it has {size} bytes, compressed by method {method}")
+    with open(path, "rb") as file:
+        file.seek(offset)
+        lengths = struct.unpack("<26xHH", file.read(30))            # of the name, the extra field
+        file.seek(sum(lengths), os.SEEK_CUR)
+        data = file.read(compressed)
+    if method == zipfile.ZIP_DEFLATED:
+        data = zlib.decompressobj(-15).decompress(data, size + 1)   # never more than was declared
+    if len(data) != size or zlib.crc32(data) != checksum:
+        raise ValueError("its bytes are not those that the .zip lists")
+    return data
 
 
 # --------------------------------------------------------------------------------------------------

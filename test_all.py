@@ -2015,7 +2015,8 @@ def test_inception_score_equals_official_figures(entry):
 
 @official("pr_")
 def test_precision_recall_equals_official_figures(entry):
-    """ADM's distances are of float16: a sample more or less."""
+    """ADM takes its distances in float16 where they are finite there: a sample more or less. Ours
+    are of the features' own type."""
     scalars = entry["scalars"]
     reference, samples = features_of(entry, "ref"), features_of(entry, "sample")
     for dtype in (torch.float32, torch.float64):
@@ -2034,13 +2035,23 @@ def test_kid_equals_official_figures(entry):
     assert found == pytest.approx(expected, rel=1e-6)
 
 
+ONE_NAN = np.eye(9, 3)
+ONE_NAN[0, 1] = math.nan
+
+
 @pytest.mark.parametrize("measure, given, said", [
     (fid.frechet_distance, (np.zeros(3), np.eye(3), np.zeros(2), np.eye(2)), "do not go together"),
     (fid.feature_statistics, (np.zeros((1, 3)),), "1 images: mean and covariance need at least 2"),
-    (fid.feature_statistics, (np.array([[1, math.nan], [1, 2], [2, 2]]),), "not finite"),
-    (fid.inception_score, (np.array([[1, math.nan], [1, 2]]),), "not finite"),
+    (fid.feature_statistics, (ONE_NAN,), "not finite"),
+    (fid.frechet_distance, (np.zeros(3), np.eye(3), ONE_NAN[0], np.eye(3)), "not finite"),
+    (fid.inception_score, (ONE_NAN,), "not finite"),
+    (fid.inception_score, (np.zeros((0, 3)),), "0 images: the Inception Score needs at least 1"),
     (fid.precision_recall, (np.zeros((3, 2)), np.zeros((9, 2))), "more than 3"),
-    (fid.kid, (np.zeros((9, 2)), np.zeros((8, 2)), 1, 9), "at least its subset of 9")])
+    (fid.precision_recall, (ONE_NAN, np.eye(9, 3)), "not finite"),
+    (fid.precision_recall, (np.eye(9, 3), ONE_NAN), "not finite"),
+    (fid.kid, (np.zeros((9, 2)), np.zeros((8, 2)), 1, 9), "at least its subset of 9"),
+    (fid.kid, (ONE_NAN, np.eye(9, 3), 1, 9), "not finite"),
+    (fid.kid, (np.eye(9, 3), ONE_NAN, 1, 9), "not finite")])
 def test_measures_refuse_what_they_cannot_compare(measure, given, said):
     with pytest.raises(ValueError, match=said):
         measure(*given)
@@ -2169,10 +2180,43 @@ def test_the_program_computes_what_its_functions_do(image_sets, inception_weight
     assert (figures["precision"], figures["recall"]) == expected
     expected = fid.kid(theirs.pool3, ours.pool3, subset_size=13)
     assert (figures["kid"], figures["kid_std"]) == pytest.approx(expected, rel=1e-4)
-    assert figures["num_samples"] == 21
+    assert figures["num_samples"] == 21 and figures["kid_subset_size"] == 13
     for text in ("21 images of 24 x 24", "resize tf1", *fid.METRICS.values(), "13 images",
-                 "fewer than 2,048"):
+                 "over subsets of 13 images", "fewer than 2,048"):
         assert text in table
+
+
+def test_the_image_of_features_that_are_not_finite_is_named(inception_weights):
+    class Images:
+        path = Path("images.npy")
+
+        def batches(self, first, last, size, workers):
+            for start in range(first, last, size):
+                batch = np.zeros((min(size, last - start), 8, 8, 3), np.float32)
+                batch[5 - start:6 - start] = math.nan if start <= 5 else 0
+                yield batch
+
+        def __len__(self):
+            return 7
+
+    model = fid.InceptionV3.from_published(inception_weights)
+    with pytest.raises(ValueError, match=r"images.npy, image 5 \(of 0 ..\): features are not"):
+        fid.evaluate(model, Images(), 0, "tf1", 4, 1)
+
+
+def test_the_report_says_what_a_figure_hides(tmp_path, capsys):
+    """A last split that is smaller; and it is strict JSON, which knows no infinity."""
+    cfg = SimpleNamespace(samples="s", reference="r", weights=None, resize="tf1",
+                          json=tmp_path / "report.json")
+    for count, said in ((4999, False), (5000, False), (5001, True), (10_000, False)):
+        np.save(tmp_path / "samples.npy", np.zeros((count, 1, 1, 3), np.uint8))
+        images = fid.open_images(tmp_path / "samples.npy")
+        fid.report(cfg, images, "not needed", False, {"is": 2.0})
+        assert ("the last split has 1 images" in capsys.readouterr().out) == said
+    assert fid.is_report(cfg.json) and json.loads(cfg.json.read_text())["is"] == 2
+    with pytest.raises(ValueError):
+        fid.report(cfg, images, "not needed", False, {"fid": math.inf})
+    assert json.loads(cfg.json.read_text())["is"] == 2 and len(list(tmp_path.iterdir())) == 2
 
 
 def test_processes_and_files_of_statistics_give_the_same_figures(image_sets, inception_weights,
@@ -2181,7 +2225,7 @@ def test_processes_and_files_of_statistics_give_the_same_figures(image_sets, inc
     options = ("--weights", inception_weights, "--batch-size", 8)
     figures, table = evaluated(image_sets / "folder", image_sets / "adm.npz", *options,
                                "--metrics", *fid.METRICS, processes=2)
-    assert "its statistics; 13 images for precision, recall, kid" in table
+    assert "its statistics for fid, sfid; 13 images for precision, recall, kid" in table
     for metric in (*fid.METRICS, "kid_std"):
         assert figures[metric] == pytest.approx(whole[metric], rel=1e-5, abs=1e-6), metric
     figures, _ = evaluated(samples, image_sets / "pytorch-fid.npz", *options)
@@ -2207,11 +2251,103 @@ def test_all_forms_of_images_are_read_alike(image_sets):
             np.testing.assert_array_equal(read, expected[first:last], name)
 
 
-def test_grey_images_become_rgb_as_stated(tmp_path):
-    Image.fromarray(np.full((4, 4), 7, dtype=np.uint8)).save(tmp_path / "a.png")
-    Image.fromarray(np.full((4, 4), 9, dtype=np.uint8)).convert("P").save(tmp_path / "b.png")
-    batch, = fid.open_images(tmp_path).batches(0, 2, 8, 1)
-    assert batch.shape == (2, 4, 4, 3) and (batch[0] == 7).all() and (batch[1] == 9).all()
+def test_figures_are_of_the_images_that_training_reads(tmp_path):
+    """Upright, grey as RGB, transparent pixels before white, 16 bits as 8; of a folder, with linked
+    ones and a loop of them, and of a .zip. Hidden files and a Mac's are nothing, others counted."""
+    image = np.zeros((8, 8, 3), dtype=np.uint8)          # red beside blue
+    image[:, :4, 0], image[:, 4:, 2] = 255, 255
+    red = image[:, :, 0]                                 # white beside black; here the alpha, too
+    plain, alpha, exif = Image.fromarray(image), Image.fromarray(red), Image.Exif()
+    exif[0x0112] = 6                                     # stored on its side, as cameras do
+    files = {"a/grey.pgm": (alpha, np.stack([red] * 3, axis=2)),
+             "a/plain.png": (plain, image), "a/upright.PNG": (plain, image),
+             "a/rgba.png": (Image.merge("RGBA", (*plain.split(), alpha)),
+                            np.where(red[:, :, None] > 0, image, 255)),
+             "a/sixteen.png": (Image.fromarray(red.astype(np.uint16) * 257 // 2),
+                               np.stack([red // 2] * 3, axis=2)),
+             "link/palette.tif": (plain.convert("P"), image), "x.png/plain.png": (plain, image)}
+    others = ("a/._a.png", "__MACOSX/a.png", ".thumbs/a.png", "a/notes.txt")
+    root = tmp_path / "data"
+    for folder in ("a", "x.png", "__MACOSX", ".thumbs", "../outside"):
+        (root / folder).mkdir(parents=True)
+    (root / "link").symlink_to(tmp_path / "outside")
+    (root / "a" / "loop").symlink_to(root)
+    for name, (picture, _) in files.items():
+        picture.save(root / name)
+    plain.transpose(Image.ROTATE_90).save(root / "a/upright.PNG", exif=exif)
+    for name in others:
+        (root / name).write_text("x")
+    with zipfile.ZipFile(tmp_path / "data.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.mkdir("x.png")
+        for name in (*files, *others):
+            archive.write(root / name, name)
+    for path in (root, tmp_path / "data.zip"):
+        images, data = fid.open_images(path), train.ImageFolder(path, "all", 8)
+        assert images.about == "7 images of 8 x 8 (files passed over: 1)"
+        assert images.names == [name for name, _ in data.files] == sorted(files)
+        batch, = images.batches(0, 7, 8, 2)
+        for i, name in enumerate(images.names):
+            np.testing.assert_array_equal(batch[i], files[name][1], err_msg=name)
+            np.testing.assert_array_equal(data.image(i), files[name][1], err_msg=name)
+
+
+@pytest.mark.parametrize("declared, said", [
+    (3 << 30, "it has 3221225472 bytes"), (70, "its bytes are not those that the .zip lists")])
+def test_no_more_of_a_zip_is_unpacked_than_it_declares(tmp_path, declared, said):
+    """64 MiB of zeros lie behind an entry that declares more, or less."""
+    path = tmp_path / "x.zip"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("x.png", bytes(1 << 26))
+    data = bytearray(path.read_bytes())
+    size_at = data.rindex(b"PK\1\2") + 24
+    data[size_at:size_at + 4] = declared.to_bytes(4, "little")
+    path.write_bytes(data)
+    tracemalloc.start()
+    with pytest.raises(ValueError, match=f"x.png cannot be used .{said}"):
+        fid.open_images(path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 4e6
+
+
+@pytest.mark.parametrize("width, height", [(2, 200), (200, 2), (3, 101), (1, 1_000_000)])
+def test_a_strip_is_cropped_before_it_is_enlarged(tmp_path, width, height):
+    """To the crop of the whole enlarged strip, which for the longest has 768 MB."""
+    side = np.linspace(0, 40 * math.pi, max(width, height))
+    wave = np.uint8(128 + 100 * np.sin(side)).reshape(height if height > width else 1, -1)
+    image = Image.fromarray(np.broadcast_to(wave, (height, width))).convert("RGB")
+    image.save(tmp_path / "x.png")
+    tracemalloc.start()
+    cropped = train.ImageFolder(tmp_path, "all", 16).image(0)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert cropped.shape == (16, 16, 3) and peak < 4e6
+    if max(width, height) > 1000:
+        assert np.ptp(cropped) < 2, "the wave is long there"
+        return
+    scale = 16 / min(width, height)
+    whole = image.resize((round(width * scale), round(height * scale)), Image.BICUBIC)
+    left, top = (whole.width - 16) // 2, (whole.height - 16) // 2
+    expected = np.asarray(whole.crop((left, top, left + 16, top + 16))).astype(int)
+    assert np.ptp(expected) > 40
+    np.testing.assert_allclose(cropped, expected, atol=2)
+
+
+@pytest.mark.parametrize("kind, mode, side, written_as", [
+    ("masks", "L", 8, "PCX"), ("depth", "L", 8, "PCX"), ("images", "L", 8, "PCX"),
+    ("masks", "1", 20_000, "PNG")])
+def test_masks_and_depth_are_of_the_closed_list_of_formats_too(tmp_path, kind, mode, side,
+                                                               written_as):
+    for folder in ("images", "masks", "depth"):
+        (tmp_path / folder).mkdir()
+        Image.new("L", (8, 8)).save(tmp_path / folder / "x.png")
+    (tmp_path / "classes.txt").write_text("ground")
+    data = demo.teacher.DenseFolder(tmp_path, 8)
+    read = "depth" if kind == "depth" else "masks"
+    assert (data.plane(read, 0) == 0).all()
+    Image.new(mode, (side, side)).save(tmp_path / kind / "x.png", written_as)
+    with pytest.raises(train.DataError, match=f"{read}/x.png cannot be read"):
+        data.plane(read, 0)
 
 
 def test_a_big_file_is_read_in_pieces(tmp_path):
@@ -2244,13 +2380,13 @@ def damaged(make, start, zeros=0, inside=""):
     return make_damaged
 
 
-def folder_with(odd):
+def folder_with(odd, odd_format="PNG"):
     """What makes a folder of three images and an odd one."""
     def make(path):
         path.mkdir()
         for i in range(3):
             Image.fromarray(BLACK[0]).save(path / f"{i}.png")
-        Image.fromarray(odd).save(path / "odd.png")
+        Image.fromarray(odd).save(path / "odd.png", odd_format)
     return make
 
 
@@ -2267,8 +2403,9 @@ UNUSABLE = {                                             # how it is made, and w
                     "is damaged"),
     "mixed": (folder_with(np.zeros((9, 8, 3), np.uint8)), "odd.png is 9 x 8"),
     "corrupt": (damaged(folder_with(BLACK[0]), 40, inside="odd.png"), "odd.png cannot be used"),
-    "rgba": (folder_with(np.zeros((8, 8, 4), np.uint8)), "mode RGBA"),
-    "sixteen bits": (folder_with(np.zeros((8, 8), np.uint16)), "mode I;16"),
+    "floats": (folder_with(np.zeros((8, 8), np.float32), "TIFF"), "its pixels are floats"),
+    "closed": (folder_with(BLACK[0], "PCX"), "odd.png cannot be used (no image)"),
+    "bomb": (folder_with(np.zeros((20_000, 20_000), bool)), "exceeds limit of 178956970 pixels"),
     "empty": (Path.mkdir, "has no images")}
 
 
@@ -2281,12 +2418,20 @@ def test_images_that_cannot_be_used_are_named(tmp_path, image_sets, inception_we
     assert said in line and line.startswith("fid.py: ") and not (tmp_path / "out.json").exists()
 
 
+OTHER_JSON = ['{"num": 21, "steps": 250, "cfg_scale": 1.0}', "[1, 2]", "a diary"]
+
+
 def test_the_evaluator_refuses_what_it_cannot_do(image_sets, inception_weights, server,
                                                  monkeypatch, tmp_path):
     samples, only = image_sets / "samples.npz", image_sets / "pytorch-fid.npz"
+    stats = image_sets / "stats.npz"
     weights = ("--weights", inception_weights)
     np.savez(tmp_path / "other.npz", mu=np.zeros(64), sigma=np.eye(64))
     np.savez(tmp_path / "nan.npz", mu=np.full(2048, math.nan), sigma=np.eye(2048))
+    np.savez(tmp_path / "grey.npz", mu=np.zeros(2048), sigma=np.eye(2048), arr_0=BLACK[..., 0])
+    others = [tmp_path / f"{i}.json" for i in range(len(OTHER_JSON))]
+    for path, text in zip(others, OTHER_JSON):
+        path.write_text(text)
     broken = torch.load(inception_weights, weights_only=True)
     torch.save({**broken, "fc.bias": torch.zeros(5)}, tmp_path / "broken.pth")
     broken["Mixed_5b.branch1x1.bn.bias"] = torch.full((64,), math.nan)
@@ -2298,13 +2443,15 @@ def test_the_evaluator_refuses_what_it_cannot_do(image_sets, inception_weights, 
             ((only, *weights, "--batch-size", 0), "--batch-size 0"),
             ((tmp_path / "other.npz", *weights), "want those of 2048"),
             ((tmp_path / "nan.npz", *weights), "not finite"),
+            ((tmp_path / "grey.npz", *weights), "want images (N, H, W, 3)"),
+            ((stats, *weights, "--resize", "clean-fid"), "by tf1, not clean-fid: want --resize"),
             ((only, "--weights", tmp_path / "broken.pth"), "does not fit"),
-            ((only, "--weights", tmp_path / "nan.pth", "--metrics", "fid"),
-             "features are not finite"),
-            ((only, "--weights", tmp_path / "nan.pth", "--metrics", "is"),
-             "features are not finite"),
-            ((only, *weights, "--json", tmp_path / "no" / "out.json"), "there is no folder")):
+            ((only, "--weights", tmp_path / "nan.pth"), "image 0 (of 0 ..): features are not"),
+            ((only, *weights, "--json", tmp_path / "no" / "out.json"), "there is no folder"),
+            *(((only, *weights, "--json", path), "is there and no report of fid.py")
+              for path in others)):
         assert said in refused("fid.py", samples, *words)
+    assert [path.read_text() for path in others] == OTHER_JSON
     monkeypatch.setattr(fid, "INCEPTION", (f"{server}/inception.pth", None))
     line = refused("fid.py", samples, only)
     assert "inception.pth is not in" in line and "download" in line

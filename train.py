@@ -24,17 +24,14 @@ import dataclasses
 import fcntl
 import hashlib
 import json
-import io
 import math
 import os
 import resource
 import shutil
 import signal
-import struct
 import sys
 import time
 import zipfile
-import zlib
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -43,7 +40,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn as nn
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.utils.data import DataLoader
@@ -53,6 +50,7 @@ import align
 import dit
 import sit
 import vae
+from fid import list_images, read_file, read_rgb
 from vae import atomic_file, save_safetensors
 
 # as torchrun sets them; without it this is one process
@@ -993,10 +991,7 @@ def load_checkpoint(folder, kept, log):
 # --------------------------------------------------------------------------------------------------
 # Images
 
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM", "TIFF", "GIF")      # Pillow opens no other
-SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 HELD_OUT = ("val", "valid", "validation", "test")
-LARGEST_FILE = 2 ** 29                                              # bytes of an image's file
 
 
 class DataError(Exception):
@@ -1008,84 +1003,21 @@ def center_crop(image, size):
     (size, size, 3) uint8."""
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.BOX)
+    return middle_square(image, size, Image.BICUBIC)
+
+
+def middle_square(image, size, resample):
+    """The middle of an image whose short side becomes `size`: an array (size, size, ...)."""
     scale = size / min(image.size)
-    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.BICUBIC)
-    top, left = (image.height - size) // 2, (image.width - size) // 2
+    width, height = round(image.width * scale), round(image.height * scale)
+    left, top = (width - size) // 2, (height - size) // 2
+    if scale > 1 and max(image.size) > 16 * min(image.size):
+        # a strip: all of 1 x 1,000,000 pixels took 2.7 GiB as 16 x 16,000,000
+        x, y = image.width / width, image.height / height
+        box = left * x, top * y, (left + size) * x, (top + size) * y
+        return np.array(image.resize((size, size), resample, box))
+    image = image.resize((width, height), resample)
     return np.array(image)[top:top + size, left:left + size]
-
-
-def read_rgb(file):
-    """An image file -> RGB PIL image. Turned upright where EXIF tells how; the first picture of an
-    animation; grey, palette and CMYK as Pillow converts them; transparent pixels before white; 16
-    bits to 8 by rounding. Raises for float pixels, and for more than 179 million pixels, which
-    Pillow takes for an attack."""
-    with Image.open(file, formats=FORMATS) as image:
-        if image.mode == "F":
-            raise ValueError("its pixels are floats, of unknown range")
-        ImageOps.exif_transpose(image, in_place=True)
-        if image.mode.startswith("I"):
-            grey = np.asarray(image)
-            if grey.min() < 0 or grey.max() > 65535:
-                raise ValueError("its pixels have more than 16 bits")
-            image = Image.fromarray((grey / 257).round().astype(np.uint8))  # 65535 = 257 x 255
-        if image.has_transparency_data:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return image.convert("RGB")
-
-
-def list_folder(path):
-    """Names of all files below a folder, linked folders too, hidden ones not: about as fast as
-    os.walk."""
-    names, todo = [], [("", ())]
-    while todo:
-        inside, above = todo.pop()
-        status = os.stat(path / inside)
-        if (status.st_dev, status.st_ino) in above:                 # a link to a folder around it
-            continue
-        with os.scandir(path / inside) as entries:
-            for entry in entries:
-                if entry.name.startswith(".") or entry.name == "__MACOSX":
-                    continue
-                if entry.is_dir():
-                    folders = (*above, (status.st_dev, status.st_ino))
-                    todo.append((f"{inside}{entry.name}/", folders))
-                else:
-                    names.append(inside + entry.name)
-    return names
-
-
-def list_zip(path):
-    """{name: where its bytes are} of all files in a .zip, hidden ones not: its directory is read
-    once, here, and not again in every process that loads images."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            infos = archive.infolist()
-    except (OSError, zipfile.BadZipFile) as error:
-        raise DataError(f"--data {path} is a broken .zip ({error}): fetch it anew") from None
-    return {info.filename: (info.header_offset, info.compress_size, info.file_size,
-                            info.compress_type, info.CRC)
-            for info in infos if not info.is_dir() and not any(
-                part.startswith((".", "__MACOSX")) for part in info.filename.split("/"))}
-
-
-def read_from_zip(path, name, entry):
-    """Bytes of one file in a .zip: a local header, then the data, stored or deflated. Raises
-    ValueError for others."""
-    offset, compressed, size, method, checksum = entry
-    known = method in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
-    if not known or max(size, compressed) > LARGEST_FILE:
-        raise ValueError(f"it has {size} bytes, compressed by method {method}")
-    with open(path, "rb") as file:
-        file.seek(offset)
-        lengths = struct.unpack("<26xHH", file.read(30))        # of the name and of the extra field
-        file.seek(sum(lengths), os.SEEK_CUR)
-        data = file.read(compressed)
-    if method == zipfile.ZIP_DEFLATED:
-        data = zlib.decompressobj(-15).decompress(data, size + 1)   # never more than was declared
-    if len(data) != size or zlib.crc32(data) != checksum:
-        raise ValueError("its bytes are not those that the .zip lists")
-    return data
 
 
 class ImageFolder:
@@ -1098,19 +1030,14 @@ class ImageFolder:
     used. """
 
     def __init__(self, path, split, size, flip=True):
-        self.path, self.size, self.flip, self.entries = Path(path), size, flip, None
-        if self.path.is_dir():
-            names = list_folder(self.path)
-        elif self.path.is_file() and zipfile.is_zipfile(self.path):
-            self.entries = list_zip(self.path)
-            names = list(self.entries)
-        else:
+        self.path, self.size, self.flip = Path(path), size, flip
+        if not self.path.is_dir() and not zipfile.is_zipfile(self.path):
             raise DataError(f"--data {path} is no folder and no .zip: give one with a folder of "
                             "images for every class")
-        images = sorted(name for name in names if name.lower().endswith(SUFFIXES))
-        if not images:
-            raise DataError(f"--data {path} has no images: want files that end in "
-                            f"{', '.join(SUFFIXES)}")
+        try:
+            images, self.entries, others = list_images(self.path)
+        except (OSError, ValueError) as error:
+            raise DataError(f"--data {error}") from None
         around, splits = find_splits(images)
         held_out = next((splits[name] for name in HELD_OUT if name in splits), None)
         whole = splits.get("train", around)
@@ -1125,7 +1052,7 @@ class ImageFolder:
         else:
             train = [file for i, file in enumerate(files) if i % 20 or len(files) == 1]
             self.splits = {"train": train, "test": files[::20], "all": files}
-        self.passed_over = len(names) - len(self.splits["all"])
+        self.passed_over = others + len(images) - len(self.splits["all"])
         self.take(split)
 
     def take(self, split):
@@ -1150,16 +1077,10 @@ class ImageFolder:
         """Image (size, size, 3) uint8 of a file."""
         name, _ = self.files[index]
         try:
-            if self.entries is None:
-                if (self.path / name).stat().st_size > LARGEST_FILE:
-                    raise ValueError(f"it has more than {LARGEST_FILE} bytes")
-                data = (self.path / name).read_bytes()
-            else:
-                data = read_from_zip(self.path, name, self.entries[name])
-            return center_crop(read_rgb(io.BytesIO(data)), self.size)
+            image = read_rgb(read_file(self.path, name, self.entries))
+            return center_crop(image, self.size)                    # (size, size, 3)
         except Exception as error:                                  # Pillow raises many kinds
-            reason = "no image" if isinstance(error, UnidentifiedImageError) else error
-            raise DataError(f"{self.path}: {name} cannot be read ({reason}): mend or remove it"
+            raise DataError(f"{self.path}: {name} cannot be read ({error}): mend or remove it"
                             ) from None
 
     def __getitems__(self, keys):

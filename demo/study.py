@@ -332,7 +332,8 @@ def measure(plan, out):
                     figures["seconds"] = timings.get(name_of(samples_of(out, run), out))
                 lines.append({"run": run, "weights": weights[run], **figures})
             with atomic_file(path) as file:              # whole: a kill leaves no half line
-                file.write("".join(json.dumps(line) + "\n" for line in lines).encode())
+                file.write("".join(json.dumps(line, allow_nan=False) + "\n"
+                                   for line in lines).encode())
     return lines
 
 

@@ -28,9 +28,10 @@ from PIL import ExifTags, Image
 
 import align
 from demo.scenes import FAR, NEAR, SEGMENTS, truth_path
+from fid import FORMATS
 from train import (TRAINING, DataError, ImageFolder, Log, device, differ, digests, due, finish,
-                   generator, load_batches, lock, read_json, set_learning_rate, spread, steps_left,
-                   stop, to_float, world_size, write_json)
+                   generator, load_batches, lock, middle_square, read_json, set_learning_rate,
+                   spread, steps_left, stop, to_float, world_size, write_json)
 from vae import atomic_file, load_strict, load_weights, save_safetensors
 
 
@@ -345,23 +346,21 @@ class DenseFolder:
             return np.full((self.size, self.size), 255 if kind == "masks" else 0, dtype=np.int64)
         name = Path(self.images.files[index][0])
         path = self.path / kind / name.with_suffix(".png")
-        width, height = upright_size(self.path / "images" / name)
         # of another shape it would be cut elsewhere than its image, and nobody would see that
         try:
-            with Image.open(path) as image:
+            width, height = upright_size(self.path / "images" / name)
+            with Image.open(path, formats=FORMATS) as image:
                 if abs(math.log(image.width / image.height * height / width)) > 0.02:
                     raise DataError(f"{path} is {image.width} x {image.height} and its image, "
                                     f"upright, {width} x {height}: want the same shape")
-                scale = self.size / min(image.size)
-                sides = (round(image.width * scale), round(image.height * scale))
-                plane = np.asarray(image.resize(sides, Image.NEAREST))   # a class is no mean of two
-        except OSError as error:
+                # a class is no mean of two
+                plane = middle_square(image, self.size, Image.NEAREST)
+        except (OSError, Image.DecompressionBombError) as error:
             raise DataError(f"{path} cannot be read ({error}): mend it or remove its image"
                             ) from None
         if plane.ndim != 2:
             raise DataError(f"{path} has colours: want one number a pixel")
-        top, left = (plane.shape[0] - self.size) // 2, (plane.shape[1] - self.size) // 2
-        plane = plane[top:top + self.size, left:left + self.size].astype(np.int64)
+        plane = plane.astype(np.int64)                               # (size, size)
         if kind == "masks" and (wrong := {*np.unique(plane)} - {*range(len(self.classes)), 255}):
             raise DataError(f"{path} has class {max(wrong)}, and classes.txt has "
                             f"{len(self.classes)} names: mend one of them")
@@ -384,7 +383,7 @@ class DenseFolder:
 
 def upright_size(path):
     """(width, height) of an image file as it is shown, which its EXIF orientation may turn."""
-    with Image.open(path) as image:
+    with Image.open(path, formats=FORMATS) as image:
         turned = image.getexif().get(ExifTags.Base.Orientation, 1) > 4
         return image.size[::-1] if turned else image.size
 

@@ -32,6 +32,7 @@ import signal
 import sys
 import time
 import zipfile
+import zlib
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace

@@ -41,10 +41,10 @@ from PIL import Image, ImageDraw, ImageFont
 
 import align
 import sit
-from train import (FAMILIES, DataError, ImageFolder, Rows, autocast, barrier, checksum,
+from train import (FAMILIES, DataError, ImageFolder, Rows, autocast, barrier, build, checksum,
                    decode, device, differ, first_on_node, generator, join_processes,
                    load_autoencoder, loader, progress, rank, read_json, save_picture, say, stop,
-                   to_float, to_uint8, world_size, write_json)
+                   stop_at, to_float, to_uint8, world_size, write_json)
 from vae import LPIPS, atomic_file, load_strict, load_weights, psnr, ssim
 
 # --------------------------------------------------------------------------------------------------
@@ -350,7 +350,7 @@ def load_run(run, family, ckpt=None):
         stop(f"{file} not found: run train.py --stage {family} --out {run} first")
     settings = read_json(folder / "settings.json")
     module, network = FAMILIES[family]
-    model = with_weights(network(**read_json(folder / "config.json")), file)
+    model = with_weights(build(network, folder / "config.json"), file)
     vae = Path(settings["vae"])
     if not vae.is_dir():                                            # the whole run was moved
         vae = run / vae.name
@@ -479,7 +479,7 @@ def load_heads(folder):
     path = folder / "heads.safetensors"
     if not path.is_file():
         stop(f"{path} not found: masks, depth and features need a run of train.py --stage align")
-    return with_weights(align.AlignmentHeads(**read_json(folder / "heads.json")), path)
+    return with_weights(build(align.AlignmentHeads, folder / "heads.json"), path)
 
 
 def load_task_heads(sources):
@@ -933,8 +933,7 @@ def main():
     except DataError as error:                                      # now the bar is closed
         stop(error)
     except OSError as error:
-        stop(f"{error.filename or cfg.out}: {error.strerror}: mend that, and the same command goes "
-             "on from here")
+        stop_at(error, cfg.out)
     except KeyboardInterrupt:
         sys.exit(130)
     if world_size > 1:

@@ -2932,24 +2932,41 @@ def test_a_finished_run_becomes_a_longer_one(whole, tmp_path):
     assert "no checkpoint.pt" in refused(*stage(whole, "sit", grown, steps=30, **flags))
 
 
-@pytest.mark.parametrize("file, says, words", [
-    ("sit/ema.safetensors", "sha256 differs", "sample.py --num 2 --steps 1 --run RUN --out X.npz"),
-    ("align/diffusion_pytorch_model.safetensors", "is not the autoencoder that",
-     "sample.py --num 2 --steps 1 --run RUN --out X.npz"),
-    ("latents/moments.npy", "is damaged at image",
-     "train.py --stage sit SMALL --workers 1 --steps 200 --out RUN/b --vae RUN/vae --latents "
-     "RUN/latents --data x")])
-def test_one_bit_is_noticed_by_the_stage_that_reads_it(whole, tmp_path, file, says, words):
-    """In the middle of what another stage wrote, where the file is still whole."""
-    run = copy_of(whole, tmp_path / "run", "vae", "align", "latents", "sit")
-    content = bytearray((run / file).read_bytes())
-    content[len(content) // 2] ^= 1
-    (run / file).write_bytes(content)
-    words = words.replace("SMALL", SMALL).replace("RUN", str(run)).replace("X", f"{tmp_path}/x")
-    settings = run / "sit/settings.json"                # it names the autoencoder of the demo
+SAMPLE_RUN = "sample.py --num 2 --steps 1 --run RUN --out OUT"
+TASKS_RUN = SAMPLE_RUN + " --tasks features"
+TRAIN_RUN = ("train.py --stage sit SMALL --workers 1 --steps 200 --data x --out RUN/b "
+             "--vae RUN/align --latents RUN/latents")
+
+
+@pytest.mark.parametrize("file, content, says, words", [
+    # one bit, in the middle of what another stage wrote, where the file is still whole
+    ("sit/ema.safetensors", None, "sha256 differs", SAMPLE_RUN),
+    ("align/diffusion_pytorch_model.safetensors", None, "is not the autoencoder", SAMPLE_RUN),
+    ("latents/moments.npy", None, "is damaged at image", TRAIN_RUN),
+    # all of the content
+    ("sit/config.json", "[]", "config.json is damaged", SAMPLE_RUN),
+    ("sit/config.json", '{"depth": "x"}', "config.json is damaged", SAMPLE_RUN),
+    ("sit/config.json", '{"hidden_size": 100000000000}', "config.json is damaged", SAMPLE_RUN),
+    ("sit/settings.json", "{}", "settings.json is damaged: it has no 'vae'", SAMPLE_RUN),
+    ("align/heads.json", '{"fold": []}', "heads.json is damaged", TASKS_RUN),
+    ("latents/meta.json", "{}", "meta.json is damaged: it has no 'classes'", TRAIN_RUN),
+    ("latents/labels.npy", "no array", "latents is damaged", TRAIN_RUN),
+    ("latents/crc.npy", np.zeros(3), "its arrays do not fit together", TRAIN_RUN),
+    ("latents/labels.npy", np.array([{}, {}]), "latents is damaged", TRAIN_RUN)])
+def test_damage_is_noticed_by_the_stage_that_reads_it(whole, tmp_path, file, content, says, words):
+    run, out = copy_of(whole, tmp_path / "run", "align", "latents", "sit"), tmp_path / "x.npz"
+    settings = run / "sit/settings.json"                            # they name the demo's folders
     settings.write_text(settings.read_text().replace(str(whole / "plain"), str(run)))
-    assert says in refused(words)
-    assert not (tmp_path / "x.npz").exists()
+    if content is None:
+        damaged = bytearray((run / file).read_bytes())
+        damaged[len(damaged) // 2] ^= 1
+        (run / file).write_bytes(damaged)
+    elif isinstance(content, str):
+        (run / file).write_text(content)
+    else:
+        np.save(run / file, content)
+    words = words.replace("SMALL", SMALL).replace("RUN", str(run)).replace("OUT", str(out))
+    assert says in refused(words) and not out.exists()
 
 
 def test_a_log_goes_on_with_what_happened(tmp_path, capsys):

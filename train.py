@@ -615,6 +615,11 @@ class Latents:
             stop(f"{folder} is damaged ({error}): run stage latents again with another --out")
         self.classes, self.autoencoder, self.mean, self.std = (
             meta[name] for name in ("classes", "autoencoder", "mean", "std"))
+        shape, channels = self.moments.shape, 2 * len(self.mean)
+        fits = len(shape) == 5 and shape[2] == channels == 2 * len(self.std)
+        if not fits or self.crc.shape != shape[:2] or self.labels.shape != shape[1:2]:
+            stop(f"{folder} is damaged (its arrays do not fit together): run stage latents again "
+                 "with another --out")
         self.flip = len(self.moments) == 2
 
     def facts(self):
@@ -850,8 +855,10 @@ def due(step, every, cfg):
 
 def steps_left(cfg, start):
     """The steps that are left, with a bar."""
-    return tqdm(range(start, cfg.steps), f"{cfg.stage} {cfg.out}", cfg.steps, initial=start,
-                unit="step", leave=False, disable=rank > 0, position=BAR, mininterval=INTERVAL)
+    bars[:] = [tqdm(range(start, cfg.steps), f"{cfg.stage} {cfg.out}", cfg.steps, initial=start,
+                    unit="step", leave=False, disable=rank > 0, position=BAR, mininterval=INTERVAL)]
+    return bars[0]
+
 
 
 class Log:
@@ -974,6 +981,8 @@ def load_checkpoint(folder, kept, log):
             break
         except Exception as error:                             # damaged bytes raise almost anything
             reason = (str(error).splitlines() or [type(error).__name__])[0]
+            if "weights_only" in str(error):                        # torch's page of advice
+                reason = "it holds more than numbers"
             say(f"{path} is damaged ({reason}): it is passed over")
     else:
         if paths:
@@ -1346,16 +1355,36 @@ def write_json(value, path):
         file.write((json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
 
 
+class Written(dict):
+    """What a file of JSON holds; a name that is not there is a damage of the file."""
+    path = None
+
+    def __missing__(self, name):
+        raise DataError(f"{self.path} is damaged: it has no {name!r}; move it away, and run again "
+                        "what wrote it")
+
+
 def read_json(path):
     """The dict that write_json wrote; stops where it is damaged."""
     try:
         value = json.loads(path.read_text())
         if isinstance(value, dict):
-            return value
+            written = Written(value)
+            written.path = path
+            return written
         error = "it holds no names"
-    except (ValueError, OSError) as caught:
+    except (ValueError, OSError, RecursionError) as caught:
         error = caught
     stop(f"{path} is damaged ({error}): move it away, and run again what wrote it")
+
+
+def build(network, path):
+    """network(...) of the arguments in a file of JSON; stops where they are none."""
+    try:
+        return network(**read_json(path))
+    except (TypeError, ValueError, RuntimeError, MemoryError) as error:     # also absurd sizes
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        stop(f"{path} is damaged ({reason}): move it away, and run again what wrote it")
 
 
 def autoencoder_folder(out):
@@ -1488,6 +1517,7 @@ BAR = int(os.environ.get("REALS_BAR", 0))                  # line of the bar, wh
 INTERVAL = 0.5 if sys.stderr.isatty() else 60                    # seconds between two of its states
 cpu_group = None                                           # what processes agree on without the GPU
 signals = []
+bars = []                                                  # the one that is on the terminal
 
 
 def join_processes():
@@ -1543,8 +1573,9 @@ def asked_to_stop():
 
 def progress(total, description, unit, done=0):
     """A tqdm bar of the first process."""
-    return tqdm(total=total, desc=description, unit=unit, initial=done, disable=rank > 0,
-                leave=False, position=BAR, mininterval=INTERVAL)
+    bars[:] = [tqdm(total=total, desc=description, unit=unit, initial=done, disable=rank > 0,
+                    leave=False, position=BAR, mininterval=INTERVAL)]
+    return bars[0]
 
 
 def say(text):
@@ -1560,8 +1591,18 @@ def stop(message):
         time.sleep(3)
     # from a loader's process the message comes as the last line of a traceback
     line = str(message).splitlines()[-1].split("DataError: ")[-1]
+    for bar in bars:                                                # not on the bar's line
+        bar.close()
     print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
     sys.exit(2)
+
+
+def stop_at(error, place):
+    """Stop for an OSError: a disk that is full, read-only or gone."""
+    if not error.strerror:                                          # it is none of the system's
+        raise error
+    stop(f"{error.filename or place}: {error.strerror}: mend that, and the same command goes on "
+         "from here")
 
 
 STAGES = {"vae": train_autoencoder, "align": train_autoencoder, "latents": encode_latents,
@@ -1588,6 +1629,8 @@ def main(argv=None, **settings):
             STAGES[cfg.stage](cfg)
     except DataError as error:
         stop(error)
+    except OSError as error:
+        stop_at(error, cfg.out)
     except KeyboardInterrupt:
         sys.exit(130)
     if world_size > 1:

@@ -799,7 +799,7 @@ def load_torch(path):
         reason = (str(error).splitlines() or [type(error).__name__])[0][:80]
         raise ValueError(f"{path} cannot be read ({reason}): fetch the file anew") from None
     for name in ("ema", "model", "state_dict"):                     # of a training checkpoint
-        if isinstance(weights, dict) and isinstance(weights.get(name), dict):
+        if isinstance(weights, dict) and weights.get(name) and isinstance(weights[name], dict):
             weights = weights[name]
             break
     weights = weights if isinstance(weights, dict) else {"": weights}

@@ -22,6 +22,7 @@ here an image counts with at most 100 dB.
 """
 import argparse
 import inspect
+import json
 import math
 import os
 import re
@@ -322,7 +323,7 @@ def load_source(cfg):
     """What --run, or --model, --ckpt and --vae, name, in --precision and on the device, as load_run
     gives it; also `options`, all of the sampler's, and `labels`, --classes as labels_of wants it.
     Stops with one line for what does not fit together."""
-    source = (load_run(cfg.run, cfg.family) if cfg.run
+    source = (load_run(cfg.run, cfg.family, cfg.ckpt) if cfg.run
               else load_published(cfg.model, cfg.ckpt, cfg.vae))
     source.options = sampler_options(cfg, source)
     source.labels = parse_classes(cfg.classes, source.classes)
@@ -338,16 +339,18 @@ def load_source(cfg):
     return source
 
 
-def load_run(run, family):
+def load_run(run, family, ckpt=None):
     """A run's stage sit or dit, with averaged weights, and the autoencoder whose latents it was
     trained on, as an object: `module`, `model`, `vae`, `folder` (the autoencoder's), `objective`
-    (what the model predicts, as options of its sampler), `classes` (names), `weights` (sha256)."""
+    (what the model predicts, as options of its sampler), `classes` (names), `weights` (sha256).
+    `ckpt`: a file of other weights than the last, as train.py --snapshots leaves them."""
     folder = run / family
-    if not (folder / "ema.safetensors").is_file():
-        stop(f"{folder}/ema.safetensors not found: run train.py --stage {family} --out {run} first")
+    file = ckpt or folder / "ema.safetensors"
+    if not file.is_file():
+        stop(f"{file} not found: run train.py --stage {family} --out {run} first")
     settings = read_json(folder / "settings.json")
     module, network = FAMILIES[family]
-    model = with_weights(network(**read_json(folder / "config.json")), folder / "ema.safetensors")
+    model = with_weights(network(**read_json(folder / "config.json")), file)
     vae = Path(settings["vae"])
     if not vae.is_dir():                                            # the whole run was moved
         vae = run / vae.name
@@ -361,14 +364,16 @@ def load_run(run, family):
         module=module, model=model, vae=autoencoder, folder=vae,
         objective={name: settings[name] for name in names},
         classes=settings.get("classes") or [str(k) for k in range(model.num_classes)],
-        weights={"transformer": checksum(folder / "ema.safetensors"),
+        weights={"transformer": checksum(file),
                  "autoencoder": settings["autoencoder"]})
 
 
 def with_weights(net, path):
     """The network with the weights of a file, to be used as it is; stops where they do not fit."""
     try:
-        load_strict(net, load_weights(path), path)
+        load_strict(net, weights_of(path), path)
+        if not all(x.isfinite().all() for x in net.state_dict().values()):
+            raise ValueError(f"{path} holds numbers that are not finite: it is damaged")
     except (OSError, ValueError) as error:
         stop(error)
     return net.eval()
@@ -381,7 +386,7 @@ def load_published(name, path, vae):
     module, network = FAMILIES.get(family, FAMILIES["sit"])         # another name is refused below
     autoencoder = load_autoencoder(vae)
     try:
-        weights = transformer_weights(path)
+        weights = weights_of(path)
         config = module.size_arguments(name, network.__name__)      # depth, width, heads
         try:
             config = {**config, **shape_arguments(weights)}
@@ -401,7 +406,7 @@ def load_published(name, path, vae):
         weights={"transformer": checksum(path), "autoencoder": checksum(vae)})
 
 
-def transformer_weights(path):
+def weights_of(path):
     """State dict of a file: .safetensors, a bare .pt, or the average ("ema", else "model" or
     "state_dict") of a training checkpoint. Raises FileNotFoundError, or ValueError."""
     # official SiT and DiT checkpoints keep their flags beside the weights
@@ -658,6 +663,10 @@ def is_done(cfg, options):
             if path.is_file() and other.exists():
                 stop(f"--out {cfg.out}: {other} is there, with which it would share {path}: "
                      "choose another name")
+        there = [beside(cfg.out, end) for end in PRODUCTS if beside(cfg.out, end).exists()]
+        if there and not Rows.folder_of(cfg.out).is_dir() and not is_ours(path):
+            stop(f"--out {cfg.out}: {there[0]} is there, is not of this program, and would be "
+                 "replaced: choose another name")
         return False
     if not path.is_file():
         stop(f"--out {cfg.out} exists: choose another name or delete it")
@@ -666,6 +675,18 @@ def is_done(cfg, options):
         shutil.rmtree(Rows.folder_of(cfg.out), ignore_errors=True)  # killed at the very end
         print(f"{cfg.out} is done already")
     return True
+
+
+PRODUCTS = (".json", ".png", "-latents.npy", "-tasks.npz", "-tasks.png", "-labels.npy",
+            "-originals.npz")                                       # what stands beside --out
+
+
+def is_ours(path):
+    """Whether a file is the .json that this program writes."""
+    try:
+        return path.is_file() and "autoencoder" in dict(json.loads(path.read_text()))
+    except (ValueError, TypeError):
+        return False
 
 
 def beside(path, ending):
@@ -764,9 +785,10 @@ FLAGS = {
         "family": (tuple(FAMILIES), "sit", "which diffusion model of the run (default sit)"),
         "model": (str, None, "instead of a run: SiT-XL/2, DiT-XL/2 and the like, with --ckpt and "
                   "--vae"),
-        "ckpt": (Path, None, "weights of --model: .pt or .safetensors"),
-        "classes": (str, ["balanced"], "balanced (default), random, or numbers or names of "
-                    "classes, gone through again and again"),
+        "ckpt": (Path, None, "weights of --model: .pt or .safetensors; of --run: those of a "
+                 "snapshot, RUN/sit/ema-STEP.safetensors"),
+        "classes": (str, ["balanced"], "balanced (default), random, or numbers from 0 or names of "
+                    "classes, gone through again and again; name:7 is a class that is called 7"),
         "seed": (int, 0, "of noise and random classes (default 0)"),
         "decode_batch_size": (int, None, "latents that are decoded at once (default: as is fast)"),
         "latents": (bool, False, "write the latents too, as OUT-latents.npy"),
@@ -828,8 +850,7 @@ def checks(cfg):
          "give --run FOLDER, or --model, --ckpt and --vae, to sample; or --reconstruct DATA "
          "--vae FOLDER"),
         (cfg.model and not (cfg.ckpt and cfg.vae), "--model wants --ckpt FILE and --vae FOLDER"),
-        (cfg.run and (cfg.ckpt or cfg.vae),
-         "--run has its own weights: give no --ckpt and no --vae"),
+        (cfg.run and cfg.vae, "--run has its own autoencoder: give no --vae"),
     )
     _, samples, samplers, reconstructions = FLAGS.values()
     kind, foreign = "only", reconstructions
@@ -884,15 +905,21 @@ def sampler_options(cfg, source):
 
 
 def parse_classes(words, names):
-    """--classes as labels_of wants it: "balanced", "random", or numbers; a word may be a class'
-    name. The number behind the last class stands for no label. Stops for others."""
+    """--classes as labels_of wants it: "balanced", "random", or numbers; a word that is no number
+    is a class' name. The number behind the last class stands for no label. Stops for others."""
     if words in (["balanced"], ["random"]):
         return words[0]
+    labels = []
     for word in words:
-        if word not in names and not (word.isdecimal() and int(word) <= len(names)):
+        name = word.removeprefix("name:")
+        if word.isdecimal() and int(word) <= len(names):
+            labels.append(int(word))
+        elif name in names:
+            labels.append(names.index(name))
+        else:
             stop(f"--classes {word}: want balanced, random, numbers from 0 to {len(names)} (which "
-                 f"is no label), or names of classes, such as {names[0]!r}")
-    return [names.index(word) if word in names else int(word) for word in words]
+                 f"is no label), or names of classes, such as name:{names[0]}")
+    return labels
 
 
 def main():

@@ -584,6 +584,12 @@ def test_variants_and_shards_load(tmp_path):
     assert len(list((tmp_path / "shards").glob("*-of-*.safetensors"))) > 2
     sharded = vae.AutoencoderKL.from_pretrained(tmp_path / "shards")
     same_autoencoder(theirs, sharded, x)
+    sharded.save_pretrained(tmp_path / "one")
+    change_config(tmp_path / "one", scaling_factor=0.5)             # a file beside its config.json
+    one = vae.AutoencoderKL.from_pretrained(
+        tmp_path / "one/diffusion_pytorch_model.safetensors")
+    same_autoencoder(theirs, one, x)
+    assert one.config.scaling_factor == 0.5
 
     half = copy.deepcopy(theirs).half()
     half.save_pretrained(tmp_path / "pipeline" / "vae", variant="fp16")
@@ -620,7 +626,7 @@ def test_statistics_beside_the_config_are_read_where_their_meaning_is_plain(tmp_
     for content in ([mean, std], {"mean": mean}, {"mean": 1, "std": 2},
                     {"mean": mean[:3], "std": std}, {"mean": mean, "std": ["1"] * 4},
                     {"mean": mean, "std": [1.0, 2.0, 3.0, -1.0]},
-                    {"mean": mean, "std": std, "mean_of_flips": mean}):
+                    {"std_mean": mean}, {"mean": mean, "log_std": std}):
         (tmp_path / "mean_std.json").write_text(json.dumps(content))
         with one_line(ValueError, "mean_std.json"):
             vae.AutoencoderKL.from_pretrained(tmp_path)
@@ -729,15 +735,18 @@ def change_config(folder, **changes):
 
 
 @pytest.mark.parametrize("config, says", [
-    (dict(act_fn="relu"), "act_fn"), (dict(use_quant_conv=False), r"unexpected \(quant_conv"),
-    (dict(mid_block_add_attention=False), "unexpected .*mid_block.attentions"),
-    (dict(latent_channels=4.5), "latent_channels is 4.5"), (dict(layers_per_block=0), "from 1 on"),
+    (dict(act_fn="relu"), "act_fn"), (dict(act_fn=None), "act_fn"),
+    (dict(use_quant_conv=False), "use_quant_conv True, and its config.json False"),
+    (dict(mid_block_add_attention=False), "mid_block_add_attention"),
+    (dict(latent_channels=4.5), "latent_channels 4, and its config.json 4.5"),
+    (dict(norm_num_groups="8"), "norm_num_groups is '8'"), (dict(scaling_factor=0), "above 0"),
+    (dict(shift_factor=math.nan), "shift_factor nan"), (dict(block_out_channels=5), "no block_out"),
     (dict(_class_name="AutoencoderDC"), "that of AutoencoderDC"),
     (dict(down_block_types=["AttnDownEncoderBlock2D"] * 2), "down_block_types"),
-    (dict(layers_per_block=2),
-     r"missing \(encoder.down_blocks.0.resnets.1.norm1.weight, .*\.\.\.\)"),
-    (dict(block_out_channels=[8, 8]), "of another shape"),
-    (dict(block_out_channels=[8]), "unexpected"),
+    (dict(layers_per_block=2), "layers_per_block 1, and its config.json 2"),
+    (dict(block_out_channels=[8, 8]), r"block_out_channels \[16, 32\], and its config.json"),
+    (dict(block_out_channels=[8]), "block_out_channels"),
+    (dict(block_out_channels=[10 ** 9] * 2), "block_out_channels"),
     (dict(block_out_channels=None), "block_out_channels"),
     (dict(norm_num_groups=3), "norm_num_groups"), (dict(norm_num_groups=0), "norm_num_groups"),
     (dict(latents_mean=[0.0], latents_std=[1.0]), "latents_mean"),
@@ -751,12 +760,13 @@ def test_a_folder_that_does_not_fit_is_one_clear_line(tmp_path, config, says):
 
 
 def test_folders_without_their_files_are_refused(tmp_path):
-    with one_line(FileNotFoundError, "config.json"):
+    vae.AutoencoderKL(**SMALL_VAE).save_pretrained(tmp_path / "vae")
+    with one_line(FileNotFoundError, "config.json .*see its folder vae"):
         vae.AutoencoderKL.from_pretrained(tmp_path)
     vae.AutoencoderKL(**SMALL_VAE).save_pretrained(tmp_path)
     (tmp_path / "diffusion_pytorch_model.safetensors").unlink()
     (tmp_path / "flax_model.msgpack").touch()
-    with one_line(FileNotFoundError, "holds config.json, flax_model.msgpack: want .* diffusion_"):
+    with one_line(FileNotFoundError, "config.json, flax_model.msgpack, vae: want .* diffusion_"):
         vae.AutoencoderKL.from_pretrained(tmp_path)
     (tmp_path / "config.json").write_text("{")
     with one_line(ValueError, "config.json"):
@@ -785,7 +795,7 @@ def test_safetensors_both_ways(tmp_path):
             assert loaded[name].dtype == value.dtype and loaded[name].shape == value.shape
             assert torch.equal(loaded[name].double(), value.double())
     with safetensors.safe_open(ours, "pt") as file:
-        assert file.metadata() == {"format": "pt"}
+        assert file.metadata().keys() == {"format", "sha256"}
 
 
 def safetensors_file(header, data=b"\0" * 8, length=None):
@@ -833,8 +843,9 @@ def test_other_files_of_weights_are_refused_in_one_line(tmp_path):
     (tmp_path / "cut.bin").write_bytes((tmp_path / "pickle.safetensors").read_bytes()[:-200])
     (tmp_path / "noise.ckpt").write_bytes(b"noise" * 100)
     (tmp_path / "empty.pth").write_bytes(b"")
+    torch.save({"a": torch.zeros(1), "module.a": torch.ones(1)}, tmp_path / "twice.bin")
     for path in list(tmp_path.iterdir()):
-        says = {"text": "no tensor", "pickle": "no safetensors file",
+        says = {"text": "no tensor", "twice": "with and without", "pickle": "no safetensors file",
                 "code": "save its state dict", "old": "save its state dict"}
         with one_line(ValueError, f"{path.name} .*{says.get(path.stem, 'fetch the file anew')}"):
             vae.load_weights(path)
@@ -2852,7 +2863,8 @@ def test_a_stopped_stage_ends_like_one_that_ran_through(whole, tmp_path):
     through, stopped, folder = tmp_path / "a", tmp_path / "b", tmp_path / "b/sit"
     flags = dict(steps=120, log_every=5, save_every=10)
     command(*stage(whole, "sit", through, **flags))
-    assert set(checkpoint_of(through / "sit")) == {"step", "log", "net", "ema", "opt"}
+    assert set(checkpoint_of(through / "sit")) == {
+        "step", "log", "processes", "net", "ema", "opt"}
     words = stage(whole, "sit", stopped, **flags)
     folder.mkdir(parents=True)                               # killed before it saved, within a line
     (folder / "log.jsonl").write_text('{"step": 5, "loss": 1}\n{"step": 1')
@@ -2889,6 +2901,73 @@ def test_a_stopped_stage_ends_like_one_that_ran_through(whole, tmp_path):
     path.write_bytes(damaged)
     assert "the checksum of" in command(*words).stdout
     same_end(through, stopped)
+
+
+def test_a_finished_run_becomes_a_longer_one(whole, tmp_path):
+    """With a constant rate it ends like one of that length, and keeps what it had; with a cosine,
+    without a checkpoint, or shorter it is refused. sample.py takes a snapshot."""
+    long, grown, cosine = (tmp_path / name for name in ("long", "grown", "cosine"))
+    flags = dict(decay=1, warmup=2, log_every=5, save_every=5)
+    command(*stage(whole, "sit", long, "--snapshots 10", steps=20, **flags))
+    command(*stage(whole, "sit", grown, steps=10, **flags))
+    first = (grown / "sit/ema.safetensors").read_bytes()
+    samples = "sample.py --num 2 --steps 2 --run", grown, "--out"
+    command(*samples, tmp_path / "first.npz")
+    command(*stage(whole, "sit", grown, steps=20, **flags))
+    same_end(long, grown)
+    for run in (long, grown):
+        assert (run / "sit/ema-0000010.safetensors").read_bytes() == first
+    command(*samples, tmp_path / "same.npz", "--ckpt", grown / "sit/ema-0000010.safetensors")
+    command(*samples, tmp_path / "last.npz")
+    a, b, c = (images_of(tmp_path / f"{name}.npz") for name in ("first", "same", "last"))
+    assert (a == b).all() and (a != c).any()
+
+    assert "steps = 20, not 10" in refused(*stage(whole, "sit", grown, steps=10, **flags))
+    assert "30: the run has 20" in refused(
+        *stage(whole, "sit", long, "--snapshots 30", steps=20, **flags))
+    command(*stage(whole, "sit", cosine, steps=5, **{**flags, "decay": 0.5}))
+    assert "its rate falls" in refused(
+        *stage(whole, "sit", cosine, steps=10, **{**flags, "decay": 0.5}))
+    (grown / "sit/checkpoint.pt").unlink()
+    assert "no checkpoint.pt" in refused(*stage(whole, "sit", grown, steps=30, **flags))
+
+
+@pytest.mark.parametrize("file, says, words", [
+    ("sit/ema.safetensors", "sha256 differs", "sample.py --num 2 --steps 1 --run RUN --out X.npz"),
+    ("align/diffusion_pytorch_model.safetensors", "is not the autoencoder that",
+     "sample.py --num 2 --steps 1 --run RUN --out X.npz"),
+    ("latents/moments.npy", "is damaged at image",
+     "train.py --stage sit SMALL --workers 1 --steps 200 --out RUN/b --vae RUN/vae --latents "
+     "RUN/latents --data x")])
+def test_one_bit_is_noticed_by_the_stage_that_reads_it(whole, tmp_path, file, says, words):
+    """In the middle of what another stage wrote, where the file is still whole."""
+    run = copy_of(whole, tmp_path / "run", "vae", "align", "latents", "sit")
+    content = bytearray((run / file).read_bytes())
+    content[len(content) // 2] ^= 1
+    (run / file).write_bytes(content)
+    words = words.replace("SMALL", SMALL).replace("RUN", str(run)).replace("X", f"{tmp_path}/x")
+    settings = run / "sit/settings.json"                # it names the autoencoder of the demo
+    settings.write_text(settings.read_text().replace(str(whole / "plain"), str(run)))
+    assert says in refused(words)
+    assert not (tmp_path / "x.npz").exists()
+
+
+def test_a_log_goes_on_with_what_happened(tmp_path, capsys):
+    """A step counts once, whatever processes wrote it and go on; lines that cannot be read are
+    left out, and that is said."""
+    log = train.Log(SimpleNamespace(log_every=5, batch_size=8), tmp_path)
+    path, line = tmp_path / "log.jsonl", '{{"step": {}, "loss": 1.0}}\n'.format
+    path.write_text(line(5) + '{"st\n' + line(15) + "7\n" + line(25) + '{"step": 30')
+    log.go_on(20, {"loss": (6.0, 6)}, 2)                            # three steps of mean 1
+    assert path.read_text() == line(5) + line(15)
+    said = capsys.readouterr().out
+    assert "2 lines cannot be read, the last is of step 15 of 20" in said
+    log.start_clock()
+    log.add(loss=5.0)
+    assert log.write(24, 0.1) == {"loss": 2.0}
+    path.write_text(line(5))
+    log.go_on(5, {}, 1)
+    assert path.read_text() == line(5) and not capsys.readouterr().out
 
 
 def under_a_limit(kilobytes, *words):
@@ -3227,6 +3306,22 @@ def test_a_sample_does_not_depend_on_its_batch(diffused, tmp_path, options):
         assert len({image.tobytes() for image in images[0]}) == 12, "two images are one"
 
 
+@pytest.mark.parametrize("name", ["x.json", "x.png", "x-latents.npy"])
+def test_files_of_others_are_not_replaced(diffused, tmp_path, name):
+    (tmp_path / name).write_text('{"mine": 1}')
+    line = refused("sample.py --num 2 --steps 1 --run", diffused, "--out", tmp_path / "x.npz")
+    assert f"{name} is there" in line
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [(name, '{"mine": 1}')]
+
+
+def test_a_number_is_the_place_of_a_class_and_no_name():
+    names = ["1", "2", "cat"]
+    assert sample.parse_classes(["0", "1", "3"], names) == [0, 1, 3]
+    assert sample.parse_classes(["name:1", "cat", "name:cat"], names) == [0, 2, 2]
+    with pytest.raises(SystemExit):
+        sample.parse_classes(["4"], names)
+
+
 def test_killed_sampling_goes_on_where_it_stopped(diffused, tmp_path):
     """SIGKILL, then two processes go on: what was written is kept, and images and latents are those
     of an uninterrupted run, with the noise of an SDE. Other options do not go on."""
@@ -3337,7 +3432,11 @@ def published(tmp_path_factory):
     other = {name: value + 1 for name, value in ema.items()}
     torch.save({"ema": ema, "model": other, "opt": {"state": {}},
                 "args": argparse.Namespace(model="SiT-Ti/2")}, root / "sit.pt")
-    torch.save(nets["DiT"].state_dict(), root / "dit.pt")
+    # as DDP and torch.compile leave it, in bfloat16
+    nets["DiT"] = nets["DiT"].bfloat16().float()
+    torch.save({f"_orig_mod.module.{name}": value.bfloat16()
+                for name, value in nets["DiT"].state_dict().items()}, root / "dit.pt")
+    torch.save({"ema": {**ema, "projectors.0.0.weight": torch.zeros(2, 2)}}, root / "repa.pt")
     wide = vae.AutoencoderKL(block_out_channels=(32, 32), layers_per_block=1, latent_channels=8)
     wide.save_pretrained(root / "wide")
     return root, nets, theirs.eval()
@@ -3397,7 +3496,8 @@ def test_a_run_whose_files_have_changed_is_not_sampled(whole, tmp_path):
     ("FILES --ckpt ROOT/vae/diffusion_pytorch_model.safetensors", "hold the weights of a SiT"),
     ("FILES --vae ROOT", "config.json"), ("FILES --vae ROOT/wide", "has latents of 8 channels"),
     ("FILES --classes 31", "numbers from 0 to 30"), ("FILES --classes cat", "names of classes"),
-    ("FILES --tasks features", "stage align"), ("FILES --out x.jpg", "ends in .npz or .zip"),
+    ("FILES --ckpt ROOT/repa.pt", "a SiT of REPA"), ("FILES --tasks features", "stage align"),
+    ("FILES --out x.jpg", "ends in .npz or .zip"),
     ("FILES --steps ddim5", "steps ddim5: SiT wants a number"),
     ("FILES --steps X", "--steps: X: want 50"), ("FILES --eta 1", "--eta is no option of sit.py"),
     ("FILES --cfg-interval 0.9 0.1", "cfg_interval"),
@@ -3406,7 +3506,7 @@ def test_a_run_whose_files_have_changed_is_not_sampled(whole, tmp_path):
     ("FILES --sampler sde-euler --diffusion-form x", "diffusion_form 'x'"),
     ("FILES --sampler sde-euler --diffusion-norm -1", "diffusion_norm -1"),
     ("--model SiT-Ti/2", "--ckpt FILE"), ("--run nowhere", "--stage sit"),
-    ("RUN --ckpt ROOT/sit.pt", "no --ckpt"), ("RUN --path gvp", "was trained with linear"),
+    ("RUN --ckpt ROOT/sit.pt", "does not fit"), ("RUN --path gvp", "was trained with linear"),
     ("RUN --sampler ddpm", "sampler 'ddpm' is not known: choose euler"),
     ("RUN --family dit --sampler ddim --eta 1.5", "eta 1.5: want 0 to 1"),
     ("RUN --metrics psnr", "--metrics is only for --reconstruct"), ("RUN --num 0", "at least 1"),

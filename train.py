@@ -32,6 +32,7 @@ import signal
 import sys
 import time
 import zipfile
+import zlib
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -89,6 +90,8 @@ class Config:
     log_every: int = flag("run", 100, "steps between lines of log.jsonl")
     save_every: int = flag("run", 5000, "steps between checkpoints, a multiple of --log-every")
     sample_every: int = flag("run", 10_000, "steps between pictures in OUT/STAGE/samples")
+    snapshots: tuple = flag("run", None, "sit, dit: steps whose averaged weights are kept too, for "
+                            "sample.py --ckpt")
     dry_run: bool = flag("run", False, "check flags, data and weights, say what would be done, end")
 
     seed: int = flag("data", 0, "of weights, noise and the order of the images")
@@ -220,10 +223,15 @@ def resolve(stage, given):
         least = 0 if field.name in ("seed", "workers", "warmup", "disc_start") else 1
         if field.type is int and value is not None and value < least:
             stop(f"{name} {value}: want at least {least}")
+        if field.type is tuple and value is not None and min(value) < 1:
+            stop(f"{name} {min(value)}: want at least 1")
         if field.type is float and not 0 <= value < math.inf:
             stop(f"{name} {value}: want a number that is not negative")
         if field.name in ("decay", "ema", "label_dropout") and value > 1:
             stop(f"{name} {value}: want a share, at most 1")
+    cfg.snapshots = cfg.snapshots or ()
+    if stage in FAMILIES and max(cfg.snapshots, default=0) > cfg.steps:
+        stop(f"--snapshots {max(cfg.snapshots)}: the run has {cfg.steps} steps, see --steps")
     if cfg.save_every % cfg.log_every:
         stop(f"--save-every {cfg.save_every} is not a multiple of --log-every {cfg.log_every}")
     if stage != "latents" and cfg.batch_size % (world_size * cfg.accumulate):
@@ -502,7 +510,9 @@ def keep_statistics(autoencoder, data, count=16_384):
                   for images, _ in in_order(data, 8, rows))
     batches = ((q.mean, q.std) for q in posteriors)                 # each (n, C, h, w)
     mean, std = mean_and_deviation(batches, autoencoder.config["latent_channels"])
-    autoencoder.config.update(latents_mean=mean.tolist(), latents_std=std.tolist())
+    # diffusers applies both: its scale says nothing beside them
+    autoencoder.config.update(latents_mean=mean.tolist(), latents_std=std.tolist(),
+                              scaling_factor=1.0, shift_factor=None)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -523,7 +533,8 @@ def encode_latents(cfg):
     flips = 2 if cfg.flip else 1
     side = cfg.image_size // autoencoder.factor
     shape = (2 * autoencoder.config["latent_channels"], side, side)
-    work = Rows(folder / "moments.npy", (flips, len(train_set)), {}, moments=(shape, np.float16))
+    work = Rows(folder / "moments.npy", (flips, len(train_set)), {}, moments=(shape, np.float16),
+                crc=((), np.uint32))
     batches = work.batches(cfg.batch_size)
     keys = [[(row % len(train_set), row >= len(train_set)) for row in rows.tolist()]
             for rows in batches]
@@ -536,7 +547,9 @@ def encode_latents(cfg):
             if not moments.isfinite().all():
                 stop(f"{source}: latents of images {rows[0]} to {rows[-1]} are not finite, or "
                      "beyond float16: is it damaged, or in half precision?")
-            work.put(rows, moments=moments.cpu().numpy())
+            moments = moments.cpu().numpy()
+            crc = np.array([zlib.crc32(row.tobytes()) for row in moments], np.uint32)
+            work.put(rows, moments=moments, crc=crc)
             bar.update(len(rows))
             if stopping := asked_to_stop():
                 work.finish()
@@ -545,6 +558,7 @@ def encode_latents(cfg):
     mean, std = statistics(work.arrays["moments"], cfg.latent_scale)
     if rank == 0:
         os.replace(work.path("moments"), folder / "moments.npy")
+        os.replace(work.path("crc"), folder / "crc.npy")
         with atomic_file(folder / "labels.npy") as file:
             np.save(file, train_set.labels.numpy())
         write_json(dict(autoencoder=checksum(source), classes=list(train_set.classes),
@@ -595,6 +609,7 @@ class Latents:
         meta = read_json(folder / "meta.json")
         try:
             self.moments = np.load(folder / "moments.npy", mmap_mode="r")
+            self.crc = np.load(folder / "crc.npy")                  # (flips, images)
             self.labels = torch.from_numpy(np.load(folder / "labels.npy"))
         except (OSError, ValueError) as error:
             stop(f"{folder} is damaged ({error}): run stage latents again with another --out")
@@ -612,7 +627,12 @@ class Latents:
     def __getitems__(self, keys):
         """keys: list of (index, flipped) -> moments (n, 2C, h, w), labels (n,)."""
         index, flipped = np.array(keys, dtype=int).T
-        moments = torch.from_numpy(self.moments[flipped, index])
+        moments = self.moments[flipped, index]
+        for row, crc, number in zip(moments, self.crc[flipped, index], index):
+            if zlib.crc32(row.tobytes()) != crc:
+                raise DataError(f"{self.folder}/moments.npy is damaged at image {number}: run "
+                                "stage latents again with another --out")
+        moments = torch.from_numpy(moments)
         return moments.to(torch.get_default_dtype()), self.labels[index]
 
 
@@ -635,6 +655,8 @@ def train_diffusion(cfg):
     folder = begin(cfg, latents.facts(), net, vae=str(source), autoencoder=latents.autoencoder)
     if folder is None:
         return
+    if rank == 0:
+        write_json(config, folder / "config.json")
     net.to(device).train()
     ema = copy.deepcopy(net).requires_grad_(False).eval()
     opt = torch.optim.AdamW(net.parameters(), cfg.lr, weight_decay=cfg.weight_decay, fused=True)
@@ -677,6 +699,8 @@ def train_diffusion(cfg):
         log.add(gradient=clip_gradient(net.parameters(), cfg.clip))
         opt.step()
         update_average(ema, net, cfg.ema)
+        if step + 1 in cfg.snapshots and rank == 0:
+            save_safetensors(ema.state_dict(), snapshot_of(folder, step + 1))
 
         stopping = asked_to_stop()                                  # a signal's number, or 0
         if due(step, cfg.log_every, cfg):
@@ -691,9 +715,13 @@ def train_diffusion(cfg):
             sys.exit(128 + stopping)
 
     if rank == 0:
-        write_json(config, folder / "config.json")
         save_safetensors(ema.state_dict(), folder / "ema.safetensors")     # last: now all is done
     finish(folder)
+
+
+def snapshot_of(folder, step):
+    """The file of the averaged weights that a stage had at a step."""
+    return folder / f"ema-{step:07}.safetensors"
 
 
 def new_transformer(cfg, latents):
@@ -886,17 +914,31 @@ class Log:
             with open(self.path, "a") as file:
                 file.write(json.dumps({"step": step, **figures}, allow_nan=False) + "\n")
 
-    def go_on(self, step, totals):
-        """Take the sums of a checkpoint; lines that came after it will come again."""
+    def go_on(self, step, totals, processes):
+        """Take the sums of a checkpoint that so many processes wrote; lines that came after it will
+        come again."""
         if rank > 0:
             return
-        self.sums = {name: (torch.tensor(total, device=device), count)
+        share = world_size / processes                              # a step counts once a process
+        self.sums = {name: (torch.tensor(total * share, device=device), count * share)
                      for name, (total, count) in totals.items()}
-        text = self.path.read_text() if self.path.is_file() else ""
+        text = self.path.read_text(errors="replace") if self.path.is_file() else ""
         lines = text.splitlines(keepends=True)
-        lines = [line for line in lines if line.endswith("\n")]     # a kill cuts a line off
+        kept, reached, damaged = [], 0, 0
+        for line in lines:
+            try:
+                at = int(json.loads(line)["step"])
+            except (ValueError, KeyError, TypeError):
+                damaged += line.endswith("\n")                      # a kill cuts the last line off
+                continue
+            if at <= step and line.endswith("\n"):
+                kept.append(line)
+                reached = max(reached, at)
+        if damaged or reached < step // self.every * self.every:
+            say(f"{self.path} is damaged: {damaged} lines cannot be read, the last is of step "
+                f"{reached} of {step}; what can be read is kept")
         with atomic_file(self.path) as file:
-            file.write("".join(line for line in lines if json.loads(line)["step"] <= step).encode())
+            file.write("".join(kept).encode())
 
 
 def save_checkpoint(folder, step, kept, log):
@@ -907,7 +949,7 @@ def save_checkpoint(folder, step, kept, log):
         states = {name: part.state_dict() for name, part in kept.items()}
         try:
             with atomic_file(path) as file:
-                torch.save({"step": step, "log": totals, **states}, file)
+                torch.save({"step": step, "log": totals, "processes": world_size, **states}, file)
                 file.flush()
                 os.fsync(file.fileno())                             # before the last one goes
                 if path.is_file():
@@ -936,11 +978,11 @@ def load_checkpoint(folder, kept, log):
     else:
         if paths:
             stop(f"{folder} has no checkpoint that can be read: move {folder} away to begin anew")
-        log.go_on(0, {})                                            # killed before it saved
+        log.go_on(0, {}, world_size)                                # killed before it saved
         return 0
     for name, part in kept.items():
         part.load_state_dict(state[name])
-    log.go_on(state["step"], state["log"])
+    log.go_on(state["step"], state["log"], state["processes"])
     if rank == 0:
         for leftover in folder.glob(".*.tmp"):                      # of a save that was killed
             leftover.unlink()
@@ -1153,7 +1195,9 @@ def to_float(images):
 
 
 def to_uint8(x):
-    """Images in [-1, 1] -> uint8, by rounding."""
+    """Images in [-1, 1] -> uint8, by rounding. Raises DataError where they are not finite."""
+    if not x.isfinite().all():                                      # they would be black
+        raise DataError("images are not finite: it diverged, or the weights are damaged")
     return ((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
@@ -1211,13 +1255,20 @@ def begin(cfg, data, net, **facts):
     moved = {"latents", "init", *({"vae"} if "autoencoder" in facts else ()),
              *({"teacher"} if "teacher_weights" in facts else ())}
     path = folder / "settings.json"
-    if path.is_file():
-        before = read_json(path)
-        for name, value in settings.items():
-            if name not in moved and before.get(name) != value:
-                stop(f"{folder} holds a run with {name} = {str(before.get(name))[:60]}, not "
-                     f"{str(value)[:60]}: choose another --out")
-    done = (folder / LAST[cfg.stage]).is_file()
+    before = read_json(path) if path.is_file() else settings
+    # with a constant rate, more steps go on where fewer ended; a cosine would have been another
+    longer = cfg.stage in FAMILIES and cfg.steps > before.get("steps", cfg.steps)
+    for name, value in settings.items():
+        if name not in moved and before.get(name) != value and not (
+                name == "steps" and longer and cfg.decay == 1):
+            why = ("" if name != "steps" or not longer else
+                   ", and its rate falls towards the last: other steps are another training")
+            stop(f"{folder} holds a run with {name} = {str(before.get(name))[:60]}, not "
+                 f"{str(value)[:60]}{why}: choose another --out")
+    done = (folder / LAST[cfg.stage]).is_file() and not longer
+    if longer and not (folder / "checkpoint.pt").is_file():
+        stop(f"{folder} has no checkpoint.pt any more, from which {cfg.steps} steps could go on: "
+             "choose another --out")
     if done:
         say(f"{folder} is done already")
     elif cfg.dry_run:
@@ -1231,6 +1282,8 @@ def begin(cfg, data, net, **facts):
         if rank == 0:
             folder.mkdir(parents=True, exist_ok=True)
             lock(folder)
+            if longer and (folder / LAST[cfg.stage]).is_file():    # not done any more
+                os.replace(folder / LAST[cfg.stage], snapshot_of(folder, before["steps"]))
             write_json(settings, path)
     except OSError as error:
         stop(f"--out {cfg.out}: {error.filename} cannot be written ({error.strerror}): choose "

@@ -395,16 +395,20 @@ class AutoencoderKL(nn.Module):
         return z * std + mean
 
     @classmethod
-    def from_pretrained(cls, path, subfolder="", torch_dtype=None):
+    def from_pretrained(cls, path, subfolder=None, torch_dtype=None):
         """Read a folder of diffusers' layout, or one file of weights (CompVis' .ckpt or another)
-        whose shapes tell the configuration. Raises FileNotFoundError or ValueError that says what
-        is missing or wrong.
+        whose shapes tell the configuration, but for its scale: then it is Stable Diffusion's.
+        Raises FileNotFoundError or ValueError that says what is missing or wrong.
 
         subfolder: of the folder, as "vae" of a pipeline. torch_dtype: of the weights, default
         float32, whatever the file holds.
         """
-        config, weights, source = read_autoencoder(Path(path) / subfolder)
+        config, weights, source = read_autoencoder(Path(path) / (subfolder or ""))
         known = inspect.signature(cls).parameters
+        for name, found in config_of(weights, source).items():
+            given = config.get(name, known[name].default)
+            if (list(given) if isinstance(found, list) else given) != found:
+                raise ValueError(f"{source} has {name} {found}, and its config.json {given!r}")
         model = cls(**{name: value for name, value in config.items() if name in known})
         model.config = Config({**config, **model.config})           # what is unknown here is kept
         load_strict(model, weights, source)
@@ -635,24 +639,31 @@ def ssim(x, y):
 
 
 def check_config(config):
-    built = {"act_fn": "silu", "down_block_types": ["DownEncoderBlock2D"],
-             "up_block_types": ["UpDecoderBlock2D"]}
+    built = {"act_fn": "silu", "down_block_types": "DownEncoderBlock2D",
+             "up_block_types": "UpDecoderBlock2D"}
     for name, want in built.items():
         given = config[name]
-        if (given if isinstance(given, str) else sorted(set(given))) != want:
+        if any(one != want for one in (given if isinstance(given, (list, tuple)) else [given])):
             raise ValueError(f"{name} is {given}, and only {want} is built here")
-    sizes = {name: config[name] for name in (
+    sizes = {name: [config[name]] for name in (
         "in_channels", "out_channels", "layers_per_block", "latent_channels", "norm_num_groups")}
-    for name, value in [*sizes.items(), *(("block_out_channels", c)
-                                          for c in config["block_out_channels"])]:
-        if type(value) is not int or value < 1:
-            raise ValueError(f"{name} is {value!r}: want whole numbers from 1 on")
+    for name, values in {**sizes, "block_out_channels": config["block_out_channels"]}.items():
+        if not values or any(type(value) is not int or value < 1 for value in values):
+            raise ValueError(f"{name} is {config[name]!r}: want whole numbers from 1 on")
     for channels in config["block_out_channels"]:
         groups = config["norm_num_groups"]
         if channels % groups:
             raise ValueError(
                 f"{channels} channels of a level are no multiple of norm_num_groups {groups}")
+    scale, shift = config["scaling_factor"], config["shift_factor"]
+    if not is_number(scale) or scale <= 0 or not (shift is None or is_number(shift)):
+        raise ValueError(f"scaling_factor is {scale!r}, shift_factor {shift!r}: want a number "
+                         "above 0, and a number or none")
     check_statistics(config["latents_mean"], config["latents_std"], config["latent_channels"])
+
+
+def is_number(x):
+    return isinstance(x, (int, float)) and not isinstance(x, bool) and abs(x) < 1e30
 
 
 def check_statistics(mean, std, channels):
@@ -661,9 +672,9 @@ def check_statistics(mean, std, channels):
     for name, numbers in (("latents_mean", mean), ("latents_std", std)):
         if not isinstance(numbers, (list, tuple)) or len(numbers) != channels:
             raise ValueError(f"{name} is {numbers}: want {channels} numbers, one for each channel")
-        if not all(isinstance(x, (int, float)) and math.isfinite(x) for x in numbers):
+        if not all(map(is_number, numbers)):
             raise ValueError(f"{name} has entries that are no finite numbers")
-    if min(std) <= 0:
+    if min(std) < 1e-30:
         raise ValueError(f"latents_std has {min(std)}: want numbers above 0")
 
 
@@ -704,7 +715,8 @@ def read_autoencoder(path):
     diffusers' layout or one file of weights. Raises FileNotFoundError or ValueError."""
     if path.is_file():
         weights = diffusers_names(load_weights(path))
-        return config_of(weights, path), weights, path
+        beside = path.name.startswith(WEIGHTS) and (path.parent / "config.json").is_file()
+        return read_config(path.parent) if beside else config_of(weights, path), weights, path
     config = read_config(path)
     source = weights_files(path)[0]
     return config, diffusers_names(load_weights(source)), source
@@ -712,10 +724,11 @@ def read_autoencoder(path):
 
 def write_autoencoder(weights, config, folder):
     """config.json and weights as diffusers reads them; config.json last: where it is, all is."""
+    text = json.dumps({"_class_name": "AutoencoderKL", **config}, indent=2, allow_nan=False)
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").unlink(missing_ok=True)                # of other weights
     save_safetensors(weights, folder / f"{WEIGHTS}.safetensors")
     with atomic_file(folder / "config.json") as file:
-        text = json.dumps({"_class_name": "AutoencoderKL", **config}, indent=2, allow_nan=False)
         file.write((text + "\n").encode())
 
 
@@ -747,9 +760,9 @@ def shards_of(index):
     """The files, beside an index, that hold the weights. Raises ValueError for a damaged index."""
     try:
         names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        if not names or any(Path(name).name != name for name in names):
-            raise ValueError("it names no files beside it")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        if not names or any(Path(name).name != name or name.endswith(".json") for name in names):
+            raise ValueError("it names no files of weights beside it")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{index} is no index of weights ({error}): fetch it anew") from None
     return [index.with_name(name) for name in names]
 
@@ -760,10 +773,12 @@ def read_config(folder):
     """
     path = folder / "config.json"
     if not path.is_file():
-        raise FileNotFoundError(f"{path} not found, {folder} holds {contents(folder)}: "
-                                "want a folder in diffusers' layout, or one file of weights")
+        inside = " (see its folder vae)" if (folder / "vae" / "config.json").is_file() else ""
+        raise FileNotFoundError(
+            f"{path} not found, {folder} holds {contents(folder)}{inside}: "
+            "want a folder in diffusers' layout, or one file of weights")
     config = read_json(path)
-    if not config.get("block_out_channels"):
+    if not isinstance(config.get("block_out_channels"), list):
         raise ValueError(
             f"{path} has no block_out_channels: want the config.json of an AutoencoderKL")
     name = config.pop("_class_name", "AutoencoderKL")
@@ -778,7 +793,7 @@ def read_json(path):
     """A dict from a file of JSON. Raises ValueError for anything else."""
     try:
         content = json.loads(path.read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is no JSON ({error}): fetch the file anew") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds no names and values: fetch the file anew")
@@ -786,15 +801,13 @@ def read_json(path):
 
 
 def read_mean_std(path, channels):
-    """latents_mean and latents_std from two lists under names with "mean" and with "std" in them.
+    """latents_mean and latents_std, or mean and std, as two lists of numbers.
 
     Raises ValueError where their meaning is not plain.
     """
     content = read_json(path)
-    found = {}
-    for word in ("mean", "std"):
-        names = [name for name in content if word in name]
-        found[f"latents_{word}"] = content[names[0]] if len(names) == 1 else None
+    found = {name: content.get(name, content.get(name.removeprefix("latents_")))
+             for name in ("latents_mean", "latents_std")}
     try:
         if None in found.values():
             raise ValueError(f"its names are {', '.join(content)}")
@@ -814,6 +827,8 @@ def config_of(weights, path):
     resnets = [found.groups() for name in weights if (found := re.fullmatch(pattern, name))]
     try:
         levels = 1 + max(int(level) for level, _ in resnets)
+        if levels > len(resnets):
+            raise ValueError("levels without resnets")
         layers = 1 + max(int(layer) for _, layer in resnets)
         first = [f"encoder.down_blocks.{i}.resnets.0.conv1.weight" for i in range(levels)]
         return dict(
@@ -868,8 +883,10 @@ def diffusers_names(weights):
                       lambda found: f"decoder.up.{last - int(found[1])}.", name)
         for old, new in OLD_NAMES:
             name = re.sub(rf"(?<=\.){old}", new, name)
-        if ".attentions.0.to_" in name and value.ndim == 4:         # 1x1 convolutions of CompVis
+        if ".attentions.0.to_" in name and value.shape[2:] == (1, 1):       # CompVis has 1x1
             value = value[:, :, 0, 0]
+        if name in renamed:
+            raise ValueError(f"{name} stands twice among the weights, under old and new names")
         renamed[name] = value
     return renamed
 
@@ -909,14 +926,18 @@ def load_weights(path):
         return weights
     is_safetensors = path.suffix == ".safetensors" and path.is_file()
     weights = load_safetensors(path) if is_safetensors else load_torch(path)
-    return {re.sub(r"^(module\.|_orig_mod\.)+", "", name): x for name, x in weights.items()}
+    bare = {re.sub(r"^(module\.|_orig_mod\.)+", "", name): x for name, x in weights.items()}
+    if len(bare) < len(weights):
+        raise ValueError(f"{path} holds weights with and without module. before their names")
+    return bare
 
 
 def save_safetensors(tensors, path):
     """Write a dict of name -> tensor: 8 bytes of header length, a JSON header, then the bytes of
-    the tensors."""
+    the tensors, whose sha256 the header tells."""
     names = {dtype: name for name, dtype in SAFETENSORS_TYPES.items()}
     header = {"__metadata__": {"format": "pt"}}                     # some readers insist on it
+    digest = hashlib.sha256()
     chunks = []
     offset = 0
     for name, tensor in tensors.items():
@@ -925,7 +946,9 @@ def save_safetensors(tensors, path):
         header[name] = {"dtype": names[tensor.dtype], "shape": list(tensor.shape),
                         "data_offsets": [offset, offset + data.numel()]}
         chunks.append(data.numpy())
+        digest.update(chunks[-1])
         offset += data.numel()
+    header["__metadata__"]["sha256"] = digest.hexdigest()
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)                                # tensors begin at multiples of 8
     with atomic_file(path) as file:
@@ -937,7 +960,7 @@ def save_safetensors(tensors, path):
 
 def load_safetensors(path):
     """Read a safetensors file into a dict of tensors. Raises ValueError where header and file do
-    not fit together; no memory is taken before that is known."""
+    not fit together, before memory is taken, or where bytes are not those of save_safetensors."""
     size = os.path.getsize(path)
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
@@ -946,7 +969,7 @@ def load_safetensors(path):
             raise ValueError(f"{path} is no safetensors file, or cut off: its header would be "
                              "longer than the file")
         try:
-            entries = safetensors_header(file.read(length))
+            entries, sha256 = safetensors_header(file.read(length))
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"{path} has no valid safetensors header ({error!r}): "
                              "fetch the file anew") from None
@@ -961,31 +984,35 @@ def load_safetensors(path):
             raise ValueError(
                 f"{path} has {room - position} bytes that belong to nothing: fetch it anew")
         tensors = {}
+        digest = hashlib.sha256()
         for name, dtype, shape, begin, end in entries:
             data = torch.empty(end - begin, dtype=torch.uint8)
             file.readinto(data.numpy())
+            digest.update(data.numpy())
             tensors[name] = data.view(dtype).reshape(shape)
+    if sha256 and sha256 != digest.hexdigest():
+        raise ValueError(f"{path} is damaged: sha256 differs from that of what was written")
     return tensors
 
 
 def safetensors_header(text):
-    """The JSON header as a list of (name, dtype, shape, begin, end), sorted by begin. Raises
-    ValueError, KeyError, TypeError or AttributeError for anything else."""
+    """The JSON header as a list of (name, dtype, shape, begin, end), sorted by begin, and the
+    sha256 or None. Raises ValueError, KeyError, TypeError or AttributeError for anything else."""
     def unique(pairs):
         if len(dict(pairs)) < len(pairs):
             raise ValueError("a name stands twice")
         return dict(pairs)
 
     entries = []
-    for name, entry in json.loads(text, object_pairs_hook=unique).items():
-        if name == "__metadata__":
-            continue
+    header = json.loads(text, object_pairs_hook=unique)
+    metadata = header.pop("__metadata__", {})
+    for name, entry in header.items():
         shape = entry["shape"]
         begin, end = entry["data_offsets"]
         if any(type(number) is not int or number < 0 for number in (*shape, begin, end)):
             raise ValueError(f"shape or offsets of {name} are no natural numbers")
         entries.append((name, SAFETENSORS_TYPES[entry["dtype"]], shape, begin, end))
-    return sorted(entries, key=lambda entry: entry[3:])
+    return sorted(entries, key=lambda entry: entry[3:]), metadata.get("sha256")
 
 
 # === shared by vae.py and fid.py: begin ===
@@ -1082,7 +1109,7 @@ def load_torch(path):
         reason = (str(error).splitlines() or [type(error).__name__])[0][:80]
         raise ValueError(f"{path} cannot be read ({reason}): fetch the file anew") from None
     for name in ("ema", "model", "state_dict"):                     # of a training checkpoint
-        if isinstance(weights, dict) and isinstance(weights.get(name), dict):
+        if isinstance(weights, dict) and weights.get(name) and isinstance(weights[name], dict):
             weights = weights[name]
             break
     weights = weights if isinstance(weights, dict) else {"": weights}

@@ -372,6 +372,7 @@ def parse_arguments(argv):
         command = add[name]
         command.add_argument("--run", type=Path, required=True, help="folder with stage sit or dit")
         command.add_argument("--family", choices=sorted(FAMILIES), default="sit")
+        command.add_argument("--ckpt", type=Path, help="other weights of the run: a snapshot's")
         command.add_argument("--seed", type=int, default=0)
         command.add_argument("--classes", nargs="+", default=["balanced"], metavar="CLASS",
                              help="as those of sample.py: balanced, random, numbers or names")

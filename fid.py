@@ -555,7 +555,7 @@ def evaluate(model, images, keep, resize, batch_size, workers):
             finite = torch.cat(out, dim=1).isfinite().all(dim=1)    # (N,) bool
             if not finite.all():
                 number = first + finite.tolist().index(False)
-                raise ValueError(f"{images.path}, image {number} (of 0 ..): {NOT_FINITE}")
+                raise ValueError(f"{images.path}, image {number} (the first is 0): {NOT_FINITE}")
             pool3.update(out.pool3)                                 # (N, 2048)
             spatial.update(out.spatial)                             # (N, 2023)
             here = kept[first:first + len(batch)]                   # (N,) bool

@@ -2200,7 +2200,7 @@ def test_the_image_of_features_that_are_not_finite_is_named(inception_weights):
             return 7
 
     model = fid.InceptionV3.from_published(inception_weights)
-    with pytest.raises(ValueError, match=r"images.npy, image 5 \(of 0 ..\): features are not"):
+    with pytest.raises(ValueError, match=r"images.npy, image 5 \(the first is 0\): features"):
         fid.evaluate(model, Images(), 0, "tf1", 4, 1)
 
 
@@ -2212,7 +2212,7 @@ def test_the_report_says_what_a_figure_hides(tmp_path, capsys):
         np.save(tmp_path / "samples.npy", np.zeros((count, 1, 1, 3), np.uint8))
         images = fid.open_images(tmp_path / "samples.npy")
         fid.report(cfg, images, "not needed", False, {"is": 2.0})
-        assert ("the last split has 1 images" in capsys.readouterr().out) == said
+        assert ("the last split has" in capsys.readouterr().out) == said
     assert fid.is_report(cfg.json) and json.loads(cfg.json.read_text())["is"] == 2
     with pytest.raises(ValueError):
         fid.report(cfg, images, "not needed", False, {"fid": math.inf})
@@ -2446,7 +2446,7 @@ def test_the_evaluator_refuses_what_it_cannot_do(image_sets, inception_weights, 
             ((tmp_path / "grey.npz", *weights), "want images (N, H, W, 3)"),
             ((stats, *weights, "--resize", "clean-fid"), "by tf1, not clean-fid: want --resize"),
             ((only, "--weights", tmp_path / "broken.pth"), "does not fit"),
-            ((only, "--weights", tmp_path / "nan.pth"), "image 0 (of 0 ..): features are not"),
+            ((only, "--weights", tmp_path / "nan.pth"), "image 0 (the first is 0): features"),
             ((only, *weights, "--json", tmp_path / "no" / "out.json"), "there is no folder"),
             *(((only, *weights, "--json", path), "is there and no report of fid.py")
               for path in others)):

@@ -44,7 +44,7 @@ import sit
 from train import (FAMILIES, DataError, ImageFolder, Rows, autocast, barrier, build, checksum,
                    decode, device, differ, first_on_node, generator, join_processes,
                    load_autoencoder, loader, progress, rank, read_json, save_picture, say, stop,
-                   stop_at, to_float, to_uint8, world_size, write_json)
+                   stop_at, stop_out_of_memory, to_float, to_uint8, world_size, write_json)
 from vae import LPIPS, atomic_file, load_strict, load_weights, psnr, ssim
 
 # --------------------------------------------------------------------------------------------------
@@ -934,6 +934,8 @@ def main():
         stop(error)
     except OSError as error:
         stop_at(error, cfg.out)
+    except (MemoryError, RuntimeError) as error:
+        stop_out_of_memory(error)
     except KeyboardInterrupt:
         sys.exit(130)
     if world_size > 1:

@@ -2824,6 +2824,9 @@ def test_what_is_not_finite_stops_a_stage(whole, tmp_path):
         moments = np.load(latents / "moments.npy", mmap_mode="r+")
         moments[0, images] = np.nan
         moments.flush()
+        crc = np.load(latents / "crc.npy", mmap_mode="r+")          # as if it was encoded so
+        crc[0, images] = zlib.crc32(moments[0, image].tobytes())
+        crc.flush()
         flags = dict(steps=60, log_every=5, save_every=5, latents=latents)
         line, path = refused(*stage(whole, "sit", out, **flags)), out / "sit/checkpoint.pt"
         good = f"the last good checkpoint is {path}" if name == "one" else "no checkpoint yet"
@@ -3229,7 +3232,7 @@ def test_two_processes_train_like_one(whole, tmp_path, lpips_cache, monkeypatch,
         torch.testing.assert_close(a["exp_avg"], b["exp_avg"], rtol=1e-9, atol=1e-12)
     if "perceptual" in options:                                     # the GAN's come from its start
         first, *_, last = [line for line in log_of(outs[1] / name) if "gradient" in line]
-        assert one.keys() == {"step", "log", "net", "opt", "discriminator", "d_opt"}
+        assert one.keys() == {"step", "log", "processes", "net", "opt", "discriminator", "d_opt"}
         assert {"mse", "kl", "lpips"} <= first.keys() and "gan" not in first
         assert {"gan", "d_weight", "discriminator", "discriminator_gradient"} <= last.keys()
 
@@ -3243,12 +3246,13 @@ def test_a_stage_goes_on_with_more_and_with_fewer_processes(whole, tmp_path):
     for saved, processes in ((1, 2), (2, 1)):                # after step 4, as if the line were due
         state = torch.load(folder / "previous.pt", weights_only=True)
         state["log"] = {"loss": (1.0 * saved, saved), "gradient": (1.0 * saved, saved)}
+        state["processes"] = saved
         torch.save(state, folder / "checkpoint.pt")
         (folder / "ema.safetensors").unlink()
         command(*words, processes=processes)
         again = log_of(folder)
         assert again[:2] == log[:2] and again[2]["step"] == 6
-        mixed = (saved + 2 * processes * log[2]["loss"]) / (saved + 2 * processes)
+        mixed = (1 + 2 * log[2]["loss"]) / 3                        # each step counts once
         assert again[2]["loss"] == pytest.approx(mixed, rel=1e-4)
 
 
@@ -3270,6 +3274,26 @@ def test_torchrun_starts_again_what_one_process_lost(whole, tmp_path):
             _, errors = child.communicate()
         assert child.returncode == 0 and told in errors, errors[-3000:]
         same_end(through, stopped)
+
+
+@pytest.mark.parametrize("words, says", [
+    ("--image-size 16 --disc-weight 0.5", "wants at least 24 pixels"),
+    ("--channels 8 8000000", "out of memory"), ("--batch-size 1000000000", "at most 1,048,576"),
+    ("--seed 99999999999999999999", "--seed 99999999999999999999: want at most"),
+    ("--image-size 100000000", "at most 16,384"), ("--layers-per-block 100000", "at most 64"),
+    ("--latent-channels 1000000000", "out of memory")])
+def test_absurd_sizes_are_refused_before_any_work(whole, tmp_path, words, says):
+    line = refused("train.py --stage vae --preset small --data", whole / "scenes.zip", "--out",
+                   tmp_path / "x", words)
+    assert says in line and not (tmp_path / "x").exists()
+
+
+def test_one_image_makes_a_run(tmp_path):
+    """Also in batches of one."""
+    root = write_images(tmp_path / "one", ".", 1)
+    command("train.py --stage vae latents sit", SMALL, "--batch-size 1 --steps 2 --log-every 1 "
+            "--save-every 2 --data", root, "--out", tmp_path / "run")
+    assert (tmp_path / "run/sit/ema.safetensors").is_file()
 
 
 def test_processes_that_do_not_fit_are_refused(whole, tmp_path, monkeypatch):

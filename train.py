@@ -210,6 +210,10 @@ def parse_arguments(argv):
     return vars(parser.parse_args(argv))
 
 
+MOST = dict(seed=2 ** 63 - 1, image_size=2 ** 14, batch_size=2 ** 20, layers_per_block=64,
+            workers=256)                                            # of other numbers a milliard
+
+
 def resolve(stage, given):
     """The settings of a stage: those given, else the preset's, else Config's; stops at bad ones."""
     preset = PRESETS[given.get("preset", "paper")]
@@ -223,6 +227,8 @@ def resolve(stage, given):
         least = 0 if field.name in ("seed", "workers", "warmup", "disc_start") else 1
         if field.type is int and value is not None and value < least:
             stop(f"{name} {value}: want at least {least}")
+        if field.type is int and value is not None and value > MOST.get(field.name, 10 ** 9):
+            stop(f"{name} {value}: want at most {MOST.get(field.name, 10 ** 9):,}")
         if field.type is tuple and value is not None and min(value) < 1:
             stop(f"{name} {min(value)}: want at least 1")
         if field.type is float and not 0 <= value < math.inf:
@@ -433,6 +439,9 @@ def new_autoencoder(cfg):
         if cfg.target == "prenorm":
             nets.autoencoder.heads.fit_norm(nets.teacher.norm)
     if cfg.disc_weight and not cfg.freeze:
+        if cfg.image_size < 24:
+            stop(f"--image-size {cfg.image_size}: the discriminator wants at least 24 pixels; "
+                 "--disc-weight 0 does without it")
         nets.discriminator = vae.PatchDiscriminator()
     return cfg, nets
 
@@ -1605,6 +1614,16 @@ def stop_at(error, place):
          "from here")
 
 
+def stop_out_of_memory(error):
+    """Stop where an error is one of memory."""
+    if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and (
+            "allocate memory" not in str(error)):
+        raise error
+    reason = str(error).splitlines()[0][:100]
+    stop(f"out of memory ({reason}): want a smaller --batch-size or model, "
+         "in training --accumulate or --gradient-checkpointing")
+
+
 STAGES = {"vae": train_autoencoder, "align": train_autoencoder, "latents": encode_latents,
           "sit": train_diffusion, "dit": train_diffusion}
 
@@ -1631,6 +1650,8 @@ def main(argv=None, **settings):
         stop(error)
     except OSError as error:
         stop_at(error, cfg.out)
+    except (MemoryError, RuntimeError) as error:
+        stop_out_of_memory(error)
     except KeyboardInterrupt:
         sys.exit(130)
     if world_size > 1:

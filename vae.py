@@ -42,7 +42,7 @@ from tqdm import tqdm
 
 
 def fast_layout(x):
-    """x (N, D, H, W): on a CPU without gradients its channels last in memory, else as it is."""
+    """x (N, D, H, W), on a CPU without gradients with its channels last in memory."""
     # CPU: encoder and decoder of a 256 px image 4.3 s instead of 5.1, on one thread; slower with
     # gradients. H100: slower, group norm wants channels first; training 31 images a second, not 39.
     if x.device.type == "cpu" and not torch.is_grad_enabled():
@@ -128,6 +128,7 @@ class Upsample(nn.Module):
         w = self.conv.weight                                        # (O, I, 3, 3)
         w = F.pad(w, (0, 1)) + F.pad(w, (1, 0))                     # (O, I, 3, 4)
         w = F.pad(w, (0, 0, 0, 1)) + F.pad(w, (0, 0, 1, 0))         # (O, I, 4, 4)
+        # a convolution, as torch has it, is a correlation; its transpose turns the kernel round
         w = w.flip(2, 3).transpose(0, 1)                            # (I, O, 4, 4)
         return F.conv_transpose2d(x, w, self.conv.bias, stride=2, padding=1)  # (N, D, 2H, 2W)
 
@@ -572,11 +573,10 @@ def autoencoder_loss(x, rec, posterior, *, pixel_loss="mse", kl_weight=1e-6, per
     last convolution. The GAN comes in at step disc_start; before, the discriminator is not called.
     "gan" in the parts tells whether it is on.
 
-    CompVis' LPIPSWithDiscriminator sums nll over the D = 3HW numbers of an image, LPIPS counted D
-    times. Its total is D times this one with pixel_loss "l1", its perceptual_weight and
-    disc_weight, and kl_weight = its kl_weight / D (for 1e-6 at 256 px: 5e-12). Its log variance s,
-    never trained there and 0 by default, makes that kl_weight exp(s) times as large. Its limit of
-    1e4 for w is 1e4 / D here.
+    CompVis' LPIPSWithDiscriminator sums over the 3HW numbers of an image where this averages, so
+    its total is 3HW times as large, with pixel_loss "l1" and the same weights but one: divide its
+    kl_weight by 3HW (1e-6 at 256 px becomes 5e-12), times exp(s) of its log variance s, which is 0
+    by default. Its limit of 1e4 for w is 1e4 / 3HW here.
     """
     pixel = {"mse": F.mse_loss, "l1": F.l1_loss}[pixel_loss](rec, x)
     kl = posterior.kl().mean()

@@ -211,7 +211,7 @@ def parse_arguments(argv):
 
 
 MOST = dict(seed=2 ** 63 - 1, image_size=2 ** 14, batch_size=2 ** 20, layers_per_block=64,
-            workers=256)                                            # of other numbers a milliard
+            workers=256)                                            # of all others 10^9
 
 
 def resolve(stage, given):
@@ -1283,8 +1283,9 @@ def begin(cfg, data, net, **facts):
                    ", and its rate falls towards the last: other steps are another training")
             stop(f"{folder} holds a run with {name} = {str(before.get(name))[:60]}, not "
                  f"{str(value)[:60]}{why}: choose another --out")
-    done = (folder / LAST[cfg.stage]).is_file() and not longer
-    if longer and not (folder / "checkpoint.pt").is_file():
+    ended = (folder / LAST[cfg.stage]).is_file()
+    done = ended and not longer
+    if ended and longer and not (folder / "checkpoint.pt").is_file():
         stop(f"{folder} has no checkpoint.pt any more, from which {cfg.steps} steps could go on: "
              "choose another --out")
     if done:
@@ -1300,7 +1301,7 @@ def begin(cfg, data, net, **facts):
         if rank == 0:
             folder.mkdir(parents=True, exist_ok=True)
             lock(folder)
-            if longer and (folder / LAST[cfg.stage]).is_file():    # not done any more
+            if ended and longer:                                    # it is not the end any more
                 os.replace(folder / LAST[cfg.stage], snapshot_of(folder, before["steps"]))
             write_json(settings, path)
     except OSError as error:

@@ -844,8 +844,11 @@ def test_other_files_of_weights_are_refused_in_one_line(tmp_path):
     (tmp_path / "noise.ckpt").write_bytes(b"noise" * 100)
     (tmp_path / "empty.pth").write_bytes(b"")
     torch.save({"a": torch.zeros(1), "module.a": torch.ones(1)}, tmp_path / "twice.bin")
+    many = {f"{i:0100}": entry_of(0, 0, (0,)) for i in range(80_000)}   # took a minute of parsing
+    (tmp_path / "many.safetensors").write_bytes(safetensors_file(many, b""))
     for path in list(tmp_path.iterdir()):
-        says = {"text": "no tensor", "twice": "with and without", "pickle": "no safetensors file",
+        says = {"text": "no tensor", "twice": "with and without", "many": "has a header",
+                "pickle": "no safetensors file",
                 "code": "save its state dict", "old": "save its state dict"}
         with one_line(ValueError, f"{path.name} .*{says.get(path.stem, 'fetch the file anew')}"):
             vae.load_weights(path)

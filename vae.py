@@ -914,6 +914,9 @@ SAFETENSORS_TYPES = {
 }
 
 
+LONGEST_HEADER = 10_000_000                                         # bytes; a network's are 1 %
+
+
 def load_weights(path):
     """Dict of tensors from .safetensors, torch's own format, or the index of several such files,
     without what DDP and torch.compile put before their names. Raises FileNotFoundError, or
@@ -968,6 +971,9 @@ def load_safetensors(path):
         if size < 8 or room < 0:
             raise ValueError(f"{path} is no safetensors file, or cut off: its header would be "
                              "longer than the file")
+        if length > LONGEST_HEADER:
+            raise ValueError(f"{path} has a header of {length:,} bytes: want one below "
+                             f"{LONGEST_HEADER:,}")
         try:
             entries, sha256 = safetensors_header(file.read(length))
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:

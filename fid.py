@@ -722,7 +722,7 @@ def read_statistics(path, resize):
     lack. Raises ValueError if they are of no use, or of images that were resized otherwise.
     """
     found = {}
-    if Path(path).suffix != ".npz":
+    if Path(path).suffix != ".npz" or not Path(path).is_file():
         return found
     try:
         with np.load(path, allow_pickle=False) as file:

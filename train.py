@@ -970,10 +970,10 @@ def save_checkpoint(folder, step, kept, log):
                 os.fsync(file.fileno())                             # before the last one goes
                 if path.is_file():
                     os.replace(path, folder / "previous.pt")
-        except (OSError, RuntimeError) as error:                 # torch wraps what its writer meets
-            reason = str(error).splitlines()[0]
-            stop(f"{path} cannot be written at step {step} ({reason}): make room; the same command "
-                 "goes on from the one before")
+        except (OSError, RuntimeError):                             # torch wraps what it meets
+            free = shutil.disk_usage(folder).free
+            stop(f"{path} cannot be written at step {step} ({free:,} bytes are free there): make "
+                 "room; the same command goes on from the one before")
     barrier()
 
 

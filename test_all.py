@@ -3833,6 +3833,12 @@ def test_curves_and_embeddings_are_drawn(whole, tmp_path):
     assert "ends in .png" in refused("demo.pictures curves", *lanes, "--out x.jpg")
 
 
+def test_the_study_of_starts_begins_with_the_plain_autoencoder_of_the_seed(tmp_path):
+    starts = command("demo.study --starts --dry-run --out", tmp_path).stdout
+    assert starts.count("sample.py") == 3 * 4
+    assert starts.count(f"--stage align latents --init {tmp_path}/seed1/plain/vae") == 1
+
+
 def test_the_study_plans_measures_and_reports(whole, tmp_path):
     """Its plan has every seed, length, family and guidance for both; what is there is measured
     once, with the figures of the demo's report; what is missing is not in the tables."""
@@ -3842,9 +3848,6 @@ def test_the_study_plans_measures_and_reports(whole, tmp_path):
     sets = 2 * 3 * 3 * 2 * 3 + 2 * 3 * 3 + len(others) + 2 * 3
     assert sum("sample.py" in job for job in jobs) == sets == 150
     assert len(jobs) == len(set(jobs)) and not out.exists()
-    starts = command("demo.study --starts --dry-run --out", out).stdout
-    assert starts.count("sample.py") == 3 * 4
-    assert starts.count(f"--stage align latents --init {out}/seed1/plain/vae") == 1
     for name, autoencoder in (("plain", "vae"), ("aligned", "align")):  # those of the demo
         run = runs[name] = study.Run(0, name, "sit", 6, "no guidance")
         folder, samples = study.folder_of(out, 0, name), study.samples_of(out, run)

@@ -639,6 +639,8 @@ def ssim(x, y):
 
 
 def check_config(config):
+    """Refuses blocks that are not built here, sizes that are no whole numbers or do not divide, and
+    a scale or statistics that nothing can be normalised by."""
     built = {"act_fn": "silu", "down_block_types": "DownEncoderBlock2D",
              "up_block_types": "UpDecoderBlock2D"}
     for name, want in built.items():
@@ -663,10 +665,13 @@ def check_config(config):
 
 
 def is_number(x):
+    """Whether x is a finite number, as JSON has them."""
     return isinstance(x, (int, float)) and not isinstance(x, bool) and abs(x) < 1e30
 
 
 def check_statistics(mean, std, channels):
+    """Refuses anything but two lists of a finite number for each channel, those of std above 0;
+    both may be None."""
     if mean is None and std is None:
         return
     for name, numbers in (("latents_mean", mean), ("latents_std", std)):
@@ -696,11 +701,13 @@ def check_images(x, channels, factor):
 
 
 def check_latents(z, channels):
+    """Refuses another shape than (N, channels, h, w)."""
     if z.ndim != 4 or z.shape[1] != channels:
         raise ValueError(f"latents of shape {tuple(z.shape)}: want (N, {channels}, h, w)")
 
 
 def check_window(x, size):
+    """Refuses images (N, 3, H, W) that are smaller than the window of SSIM."""
     if min(x.shape[-2:]) < size:
         raise ValueError(
             f"images of shape {tuple(x.shape)}: SSIM wants at least {size} x {size} pixels")

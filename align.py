@@ -25,6 +25,7 @@ choices of this code. DINOv2 is Oquab et al., arXiv 2304.07193; with registers, 
 """
 import hashlib
 import http.client
+import importlib
 import json
 import math
 import os
@@ -190,21 +191,31 @@ def align_loss(patch, cls, patch_target, cls_target, form="both", patch_weight=1
 
 # Another model (CLIP, MAE, a ResNet) becomes one by three names, as README shows in ten lines:
 # embed_dim, patch_size, and forward_features(x), which gives x_norm_patchtokens (N, T, D) of a
-# square grid and x_norm_clstoken (N, D). Let load_teacher return it for a name of its own. A model
-# that was trained with other statistics than ImageNet's first undoes those of teacher_input.
+# square grid and x_norm_clstoken (N, D). A model that was trained with other statistics than
+# ImageNet's first undoes those of teacher_input. demo/efficientnet.py is a whole example.
 
 
-def load_teacher(name_or_folder):
-    """The frozen teacher: a published DINOv2 by its name, or a folder with config.json (arguments
-    of DINOv2) and dinov2.pth (a state dict), as demo/teacher.py writes it.
+def load_teacher(name):
+    """The frozen teacher: a published DINOv2 by its name; of "MODULE:FUNCTION" what that function
+    of a module of yours returns; or of a folder with config.json (arguments of DINOv2) and
+    dinov2.pth (a state dict), as demo/teacher.py writes it.
 
-    Raises FileNotFoundError where there is neither, ValueError for files that do not fit, OSError
+    Raises FileNotFoundError where there is none of these, ValueError for what does not fit, OSError
     where a published one cannot be had.
     """
-    if str(name_or_folder) in DINOV2:
-        teacher = load_dinov2(str(name_or_folder))
+    name = str(name)
+    if name in DINOV2:
+        teacher = load_dinov2(name)
+    elif re.fullmatch(r"[\w.]+:\w+", name):
+        module, function = name.split(":")
+        try:
+            make = getattr(importlib.import_module(module), function)
+        except (ImportError, AttributeError) as error:
+            raise ValueError(f"{error}: want MODULE:FUNCTION of a module that Python finds, such as "
+                             "one beside train.py") from None
+        teacher = make()
     else:
-        teacher = load_dinov2_folder(Path(name_or_folder))
+        teacher = load_dinov2_folder(Path(name))
     return teacher.eval().requires_grad_(False)
 
 

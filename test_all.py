@@ -34,6 +34,7 @@ from types import SimpleNamespace
 from unittest import mock
 
 import diffusers
+import efficientnet_lite_pytorch
 import numpy as np
 import pytest
 import safetensors.torch
@@ -47,6 +48,7 @@ from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 import align
+import demo.efficientnet
 import demo.pictures
 import demo.report
 import demo.scenes
@@ -2699,26 +2701,69 @@ def test_masks_out_of_a_foreign_autoencoder(whole, tmp_path):
     np.testing.assert_allclose(meta["std"], std, rtol=2e-3)
 
 
-def test_the_teacher_that_readme_adds(whole, tmp_path):
-    """Its ten lines, and one in load_teacher, align an autoencoder with a convolutional network."""
-    lines = re.search(r"```python\n(class ResNetTeacher.*?)```", README, re.DOTALL)[1]
-    for name in ("vae", "sit", "dit", "fid", "train"):
-        shutil.copy(HERE / f"{name}.py", tmp_path)
-    begin = "def load_teacher(name_or_folder):\n"
-    before, after = (HERE / "align.py").read_text().split(begin)
-    text, end = after.split("    if str(name_or_folder) in DINOV2:\n")
-    added = ('    if name_or_folder == "resnet":\n'
-             "        layers = nn.Conv2d(3, 2048, 32, stride=32), nn.Identity(), nn.Identity()\n"
-             "        return ResNetTeacher(nn.Sequential(*layers)).eval().requires_grad_(False)\n")
-    (tmp_path / "align.py").write_text(
-        f"{before}{lines}\n\n{begin}{text}{added}    if str(name_or_folder) in DINOV2:\n{end}")
+def test_the_teacher_that_readme_adds(whole, tmp_path, monkeypatch):
+    """Its lines, with a small network for torchvision's, align an autoencoder; of other weights of
+    the same name, and of what Python does not find, the program says so."""
+    lines = re.search(r"import torchvision\n(\nclass ResNetTeacher.*?)```", README, re.DOTALL)[1]
+    lines = lines.replace('torchvision.models.resnet50(weights="DEFAULT")', "network()")
+    module = tmp_path / "resnet.py"
+    module.write_text(f"import torch\n{lines}\ndef network():\n    torch.manual_seed(0)\n"
+                      "    return torch.nn.Sequential(torch.nn.Conv2d(3, 2048, 32, stride=32),\n"
+                      "                               torch.nn.Identity(), torch.nn.Identity())\n")
+    monkeypatch.syspath_prepend(tmp_path)
     out = tmp_path / "run"
-    words = stage(whole, "align", out, teacher="resnet", teacher_size=128, steps=2, log_every=1,
-                  save_every=2)
-    done = subprocess.run([sys.executable, *split(words)], cwd=tmp_path, capture_output=True)
-    assert done.returncode == 0, done.stderr[-2000:]
+    words = stage(whole, "align", out, teacher="resnet:teacher", teacher_size=128, steps=2,
+                  log_every=1, save_every=2)
+    command(*words)
     assert json.loads((out / "align/heads.json").read_text())["embed_dim"] == 2048
     assert -1 < log_of(out / "align")[0]["cos_patch"] < 1
+    torch.manual_seed(1)
+    other = nn.Sequential(nn.Conv2d(3, 2048, 32, stride=32), nn.Identity(), nn.Identity())
+    sys.modules["resnet"].network = lambda: other
+    assert "teacher_state" in refused(*words)
+    for name in ("resnet:student", "resnets:teacher", "resnet:torch:nn"):
+        words = stage(whole, "align", tmp_path / "other", teacher=name, steps=2)
+        assert f"--teacher {name}: " in refused(*words)
+
+
+def test_efficientnet_lite_is_the_published_one():
+    """Logits of the published implementation and weights, on drawn images of any size; tokens are
+    its maps; the centred ones have no mean; random weights are always the same."""
+    published = efficientnet_lite_pytorch.EfficientNet
+    for version in (0, 1):
+        torch.manual_seed(version)
+        own = demo.efficientnet.EfficientNetLite(version).eval()
+        for value in own.state_dict().values():
+            if value.ndim == 1:                                     # of batch norms
+                value.uniform_(0.5, 1.5)
+        for size in (96, 128, 97):
+            peer = published.from_name(f"efficientnet-lite{version}", image_size=size).eval()
+            peer.load_state_dict(own.state_dict())
+            x = torch.randn(2, 3, size, size)
+            torch.testing.assert_close(own(x), peer(x), rtol=1e-4, atol=1e-5)
+    teacher = align.load_teacher("demo.efficientnet:lite0")
+    images = torch.rand(2, 3, 32, 32) * 2 - 1
+    pixels = F.interpolate((images + 1) * 127.5, (128, 128), mode="bicubic", antialias=True)
+    peer = published.from_name("efficientnet-lite0", image_size=128).eval()
+    peer.load_state_dict(teacher.net.state_dict())
+    maps = {}
+    for index in (10, 15):                              # the last of 112 channels, and of 320
+        peer._blocks[index].register_forward_hook(
+            lambda block, inputs, output, index=index: maps.update({index: output}))
+    peer((pixels - 127) / 128)
+    patch, cls = align.teacher_tokens(teacher, images, 128)         # (2, 64, 432), (2, 432)
+    wide = F.interpolate(maps[15], (8, 8), mode="bilinear")
+    expected = torch.cat((maps[10], wide), 1).flatten(2).transpose(1, 2)
+    torch.testing.assert_close(patch, expected, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(cls, expected.mean(1), rtol=1e-3, atol=1e-3)
+    centred, same = align.teacher_tokens(align.load_teacher("demo.efficientnet:lite0_centred"),
+                                         images, 128)
+    torch.testing.assert_close(centred, patch - cls[:, None])
+    torch.testing.assert_close(same, cls)
+    first, second = (align.load_teacher("demo.efficientnet:lite0_random") for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters()))
+    spread = align.teacher_tokens(first, images, 128)[0].std((0, 1))
+    assert 0.1 < spread.min() and spread.max() < 30
 
 
 def test_several_stages_follow_each_other_and_none_is_done_twice(tmp_path):
@@ -3837,6 +3882,30 @@ def test_the_study_of_starts_begins_with_the_plain_autoencoder_of_the_seed(tmp_p
     starts = command("demo.study --starts --dry-run --out", tmp_path).stdout
     assert starts.count("sample.py") == 3 * 4
     assert starts.count(f"--stage align latents --init {tmp_path}/seed1/plain/vae") == 1
+    done = set()                                         # however many lanes run side by side
+    for part in demo.study.Plan("starts").parts():
+        assert all((run.seed, "plain") in done for run in part if run.name in demo.study.STARTS)
+        done.update((run.seed, run.name) for run in part)
+
+
+def test_the_study_of_teachers_compares_like_with_like(tmp_path):
+    """Outside teachers and their controls have the weight that was chosen and see the same pixels;
+    a length has one set of flags for all; without the second judge nothing begins."""
+    study, words = demo.study, "demo.study --teachers --data images.zip --dry-run --out"
+    jobs = [split([job]) for job in command(words, tmp_path).stdout.splitlines()]
+    assert sum("sample.py" in job for job in jobs) == len(study.Plan("teachers").runs()) == 74
+    weight = " ".join(map(str, study.WEIGHTS[study.CHOSEN]))
+    arms = [" ".join(job) for job in jobs if "--stage align latents" in " ".join(job)]
+    for name, count in (("lite0", 5 + 2 + 2 * 3), ("lite0_centred", 3), ("lite0_random", 3)):
+        found = [arm for arm in arms if f"demo.efficientnet:{name} --teacher-size 128" in arm]
+        assert len(found) == count and sum(weight in arm for arm in found) >= count - 4
+    for length in (2400, 9600):
+        flags = {re.sub("seed[0-9]/[^ ]*|--seed [0-9]", "", " ".join(job)) for job in jobs
+                 if "sit" in job and str(length) in job}
+        assert len(flags) == 1
+    with mock.patch.dict(demo.efficientnet.FILES, {1: "none"}):
+        assert "Lite1" in refused("demo.study --teachers --data images.zip --out", tmp_path)
+    assert not any(tmp_path.iterdir())
 
 
 def test_the_study_plans_measures_and_reports(whole, tmp_path):
@@ -3844,7 +3913,8 @@ def test_the_study_plans_measures_and_reports(whole, tmp_path):
     once, with the figures of the demo's report; what is missing is not in the tables."""
     study, out, runs = demo.study, tmp_path / "study", {}
     jobs = command("demo.study --steps 6 --num 20 --dry-run --out", out).stdout.splitlines()
-    others = study.AUTOENCODERS.keys() - {"plain", "aligned", *study.STARTS}
+    others = study.AUTOENCODERS.keys() - {"plain", "aligned", *study.STARTS, *study.WEIGHTS,
+                                          *study.OUTSIDE}
     sets = 2 * 3 * 3 * 2 * 3 + 2 * 3 * 3 + len(others) + 2 * 3
     assert sum("sample.py" in job for job in jobs) == sets == 150
     assert len(jobs) == len(set(jobs)) and not out.exists()
@@ -3861,7 +3931,7 @@ def test_the_study_plans_measures_and_reports(whole, tmp_path):
     seconds = {study.name_of(study.samples_of(out, run), out): 1.5 for run in runs.values()}
     train.write_json(seconds, out / "timings.json")
 
-    plan, file = study.Plan(True, 6, 20), out / "results.jsonl"
+    plan, file = study.Plan("scenes", 6, 20), out / "results.jsonl"
     results = study.last_of_each(study.measure(plan, out))
     lines = file.read_text().splitlines()
     assert len(lines) == len(results) == 4

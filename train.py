@@ -118,7 +118,8 @@ class Config:
     disc_weight: float = flag("autoencoder", 0.5, "w_g, of the GAN loss, times its adaptive weight")
     disc_start: int = flag("autoencoder", 20_000, "first step with the GAN loss")
 
-    teacher: str = flag("alignment", "dinov2_vitb14", "a published DINOv2, or a teacher's folder")
+    teacher: str = flag("alignment", "dinov2_vitb14", "a published DINOv2, a teacher's folder, or "
+                        "MODULE:FUNCTION that returns one")
     teacher_size: int = flag("alignment", None, "pixels a side that the teacher sees "
                              "(default: 224 for patches of 14, else the image size)")
     align_weight: float = flag("alignment", 0.5, "w_a")
@@ -267,7 +268,9 @@ def train_autoencoder(cfg):
     images."""
     train_set, held_out = open_data(cfg)
     cfg, nets = new_autoencoder(cfg)
-    weights = digests(init=cfg.init, teacher=nets.teacher and cfg.teacher)
+    weights = digests(init=cfg.init)
+    if nets.teacher:
+        weights.update(teacher_digest(cfg.teacher, nets.teacher))
     folder = begin(cfg, train_set.facts(), nets.autoencoder, **weights)
     if folder is None:
         return
@@ -1340,6 +1343,18 @@ def digests(**paths):
     """sha256 of the weights that a stage begins with, as far as they are files here."""
     return {f"{name}_weights": checksum(path) for name, path in paths.items()
             if path and Path(path).exists()}
+
+
+def teacher_digest(name, teacher):
+    """What tells a teacher from others of its name: sha256 of its file, or of the weights that a
+    function has given it; those of a published name are known."""
+    facts = digests(teacher=name)
+    if not facts and name not in align.DINOV2:
+        digest = hashlib.sha256()
+        for value in teacher.state_dict().values():
+            digest.update(value.cpu().reshape(-1).view(torch.uint8).numpy())
+        facts = {"teacher_state": digest.hexdigest()}
+    return facts
 
 
 def checksum(path):

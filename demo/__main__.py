@@ -3,8 +3,8 @@
     python -m demo                           a built-in world of ten solids, in runs/scenes
     python -m demo --data images.zip         images of your own, in runs/images
 
-Every command is printed as it starts. A lane is a list of commands, one after the other. Two lanes
-run side by side on a CPU, one at a time on a GPU:
+Every command is printed as it starts. A lane is a list of commands, one after the other; two lanes
+run side by side:
 
     scenes      teacher     plain      vae, MLPs for it, latents, SiT, samples      report
                 judge       aligned    align, latents, SiT, samples with masks
@@ -78,8 +78,10 @@ def lane(cfg, name):
 
 def run_lanes(lanes, out):
     """Run lanes [[(name, command), ...], ...], two at once on a CPU. OUT/timings.json gets their
-    seconds. A command that fails ends the other lane and this program, with its own status."""
-    slots = 1 if torch.cuda.is_available() or os.cpu_count() == 1 else 2
+    seconds. A command that fails ends the other lanes and this program, with its own status."""
+    slots = min(2, os.cpu_count())
+    if torch.cuda.is_available():                        # such small networks leave it idle
+        slots = max(1, os.cpu_count() // 2)
     for number in (signal.SIGTERM, signal.SIGINT):       # an exception, so that `finally` happens
         signal.signal(number, lambda number, frame: sys.exit(128 + number))
     waiting = [list(jobs) for jobs in lanes]

@@ -154,16 +154,18 @@ def linear_probe(x, labels, test_x, test_labels, num_classes):
     return ((test_x @ weight + bias).argmax(1) == test_labels).float().mean().item()
 
 
-def load_lane(folder, latents, referee):
-    """What is measured of an autoencoder that stage align left in a folder, with the latents of its
-    run, as an object: `autoencoder`; `heads`, the MLPs; `z_probed` and `z`, the means of q(z | x)
-    of the probed training images and of the held-out ones; `x`, z as diffusion sees it."""
+def load_lane(folder, latents, referee, heads=True):
+    """What is measured of the autoencoder in a folder, with the latents of its run, as an object:
+    `autoencoder`; `heads`, the MLPs that read the referee's teacher, or None; `z_probed` and `z`,
+    the means of q(z | x) of the probed training images and of the held-out ones; `x`, z as
+    diffusion sees it."""
     latents, autoencoder = Latents(latents), load_autoencoder(folder).to(device)
     moments, _ = latents.__getitems__([(row, False) for row in referee.probed])
     # means, no samples: the figures have no noise of their own
     z = in_batches(lambda x: autoencoder.encode(x).latent_dist.mean, referee.x)
     mean, std = (torch.tensor(v, device=device).view(-1, 1, 1) for v in (latents.mean, latents.std))
-    return SimpleNamespace(autoencoder=autoencoder, heads=load_heads(folder).to(device), z=z,
+    return SimpleNamespace(autoencoder=autoencoder, z=z,
+                           heads=load_heads(folder).to(device) if heads else None,
                            z_probed=moments.chunk(2, dim=1)[0].to(device), x=(z - mean) / std)
 
 
@@ -171,17 +173,19 @@ def score_autoencoder(referee, lane):
     """Figures of reconstructions and latents; adds the reconstructions and their features."""
     lane.rec = in_batches(lambda z: to_uint8(lane.autoencoder.decode(z).sample), lane.z)
     lane.rec_feats, *_ = in_batches(referee.judge, to_float(lane.rec))
-    patch, cls = in_batches(lane.heads, lane.z)                                  # (N, T, D), (N, D)
-    # channel by channel, as the MLPs learned them: else one large channel is all of the cosine
-    true_patch, true_cls = lane.heads.standardize(*referee.tokens)               # (N, T, D), (N, D)
-    accuracy = linear_probe(lane.z_probed.flatten(1), referee.probed_labels, lane.z.flatten(1),
-                            referee.labels, len(referee.classes))
-    cosine = F.cosine_similarity
-    return {"PSNR of reconstructions, dB": vae.psnr(to_float(lane.rec), referee.x).mean().item(),
-            "FD of reconstructions": frechet(lane.rec_feats, referee.feats),
-            "cosine to the teacher, patches": cosine(patch, true_patch, dim=-1).mean().item(),
-            "cosine to the teacher, class token": cosine(cls, true_cls, dim=-1).mean().item(),
-            "linear probe on latents, accuracy": accuracy}
+    figures = {"PSNR of reconstructions, dB": vae.psnr(to_float(lane.rec), referee.x).mean().item(),
+               "FD of reconstructions": frechet(lane.rec_feats, referee.feats)}
+    if lane.heads:
+        patch, cls = in_batches(lane.heads, lane.z)                              # (N, T, D), (N, D)
+        # channel by channel, as the MLPs learned them: else one large channel is all of the cosine
+        true_patch, true_cls = lane.heads.standardize(*referee.tokens)           # (N, T, D), (N, D)
+        for name, x, true in (("patches", patch, true_patch), ("class token", cls, true_cls)):
+            cosine = F.cosine_similarity(x, true, dim=-1).mean().item()
+            figures[f"cosine to the teacher, {name}"] = cosine
+    figures["linear probe on latents, accuracy"] = linear_probe(
+        lane.z_probed.flatten(1), referee.probed_labels, lane.z.flatten(1), referee.labels,
+        len(referee.classes))
+    return figures
 
 
 def score_latents(referee, lane):

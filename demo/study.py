@@ -3,6 +3,7 @@
     python -m demo.study                          the scenes, five hours on two cores
     python -m demo.study --data images.zip        your own images: two seeds, one length of SiT
     python -m demo.study --starts                 alignment from scratch or of a trained autoencoder
+    python -m demo.study --teachers --data X.zip  a teacher that has never seen the labels
     python -m demo.study tables FILE              the tables of results.jsonl
 
 The plan stood here before its results; what was added after the first of them is marked. Killed
@@ -15,6 +16,7 @@ What only an ablation changes is no flag of train.py. The study starts such a st
 """
 import argparse
 import dataclasses
+import functools
 import json
 import shlex
 import sys
@@ -24,16 +26,18 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+import align
 import fid
 import train
 from demo.__main__ import command, read_timings, run_lanes
+from demo.efficientnet import lite_input, published
 from demo.pictures import plot
 from demo.report import (DEPTH, MASKS, Referee, frechet, in_batches, load_lane, load_samples,
                          score_autoencoder, score_latents)
 from demo.scenes import truth_path
 from sample import by_class, sheet
-from train import (FAMILIES, DataError, checksum, generator, progress, read_json, save_picture,
-                   stop, to_float)
+from train import (FAMILIES, DataError, checksum, device, generator, progress, read_json,
+                   save_picture, stop, to_float)
 from vae import atomic_file
 
 # --------------------------------------------------------------------------------------------------
@@ -80,6 +84,35 @@ AUTOENCODERS = {                                         # name: stage, its flag
     "aligned, twice the steps": ("align", ["--steps", 2800], {}),
 }
 STARTS = ("aligned from plain", "aligned, twice the steps")
+
+# The plan of --teachers: EfficientNet-Lite0, which has seen ImageNet alone, beside our own teacher
+# of the labels, which is "aligned". The weight was chosen first, by the FD of seed 0 at the first
+# length without guidance; controls and ablations have it too.
+WEIGHTS = {
+    "outside, weight 0.05": ["--align-weight", 0.05],
+    "outside, weight 0.1": ["--align-weight", 0.1],
+    "outside, weight 0.25": ["--align-weight", 0.25],
+    "outside, weight 0.5": ["--align-weight", 0.5],
+    "outside, adaptive 0.5": ["--align-weight", 0.5, "--align-adaptive"],
+}
+CHOSEN = "outside, weight 0.5"
+
+
+def outside(function, flags, settings=()):
+    """Stage, flags and other settings with a teacher of demo/efficientnet.py."""
+    teacher = ["--teacher", f"demo.efficientnet:{function}", "--teacher-size", 128]
+    return "align", [*teacher, *flags], dict(settings)
+
+
+AUTOENCODERS.update({name: outside("lite0", flags) for name, flags in WEIGHTS.items()})
+OUTSIDE = {
+    "random weights": outside("lite0_random", WEIGHTS[CHOSEN]),
+    "outside, patches only": outside("lite0", WEIGHTS[CHOSEN], {"cls_weight": 0.0}),
+    "outside, class token only": outside("lite0", WEIGHTS[CHOSEN], {"patch_weight": 0.0}),
+    "outside, centred patches only": outside("lite0_centred", WEIGHTS[CHOSEN],
+                                             {"cls_weight": 0.0}),
+}
+AUTOENCODERS.update(OUTSIDE)
 CONTROLS = ("random teacher", "shuffled targets", "plain, KL x 2", "plain, KL x 4",
             "teacher without labels")
 # with the other seeds, added later too
@@ -101,39 +134,55 @@ class Run(NamedTuple):
 
 @dataclasses.dataclass
 class Plan:
-    """What is run. `whole`: all of it, on scenes; else what images of one's own can tell; `starts`:
-    the autoencoders of STARTS alone."""
-    whole: bool = True
-    steps: int = 2400                                    # and half and twice as many
+    """What is run. `kind`: "scenes", all that scenes can tell; "images", what images of one's own
+    can; "starts" and "teachers", the autoencoders of STARTS, and of WEIGHTS and OUTSIDE."""
+    kind: str = "scenes"
+    steps: int = 2400                                    # of the transformer, one length of several
     num: int = 2000                                      # samples a set
-    starts: bool = False
 
     def runs(self):
         """Every set of samples, in the order of the work."""
-        if self.starts:
-            return [Run(seed, name, "sit", self.steps, "no guidance")
-                    for seed in (0, 1, 2) for name in ("plain", "aligned", *STARTS)]
-        if not self.whole:
-            return self.main_runs((self.steps,), (0, 1), ("sit",))
-        runs = self.main_runs((self.steps // 2, self.steps, 2 * self.steps), (0, 1, 2), SAMPLER)
-        for name in list(AUTOENCODERS)[2:]:
-            if name not in STARTS:
-                runs.append(Run(0, name, "sit", self.steps, "no guidance"))
-        for name in REPEATED:
-            runs += [Run(seed, name, "sit", self.steps, "no guidance") for seed in (1, 2)]
-        return runs
+        return sum(self.parts(), [])
 
-    def main_runs(self, lengths, seeds, families):
+    def parts(self):
+        """The same in parts, after each of which there is a report."""
+        if self.kind == "images":
+            return self.main_parts((self.steps,), (0, 1), ("sit",))
+        if self.kind == "starts":
+            return [self.sampled(names, seed)            # first what others start from
+                    for seed in (0, 1, 2) for names in (("plain", "aligned"), STARTS)]
+        both = list(GUIDANCE)[:2]
+        if self.kind == "teachers":
+            main = ("plain", CHOSEN, "random weights", "aligned")
+            weights = self.sampled([name for name in WEIGHTS if name != CHOSEN], 0, both)
+            first, second = ([self.sampled(main, seed, both, steps) for seed in (0, 1, 2)]
+                             for steps in (self.steps, 4 * self.steps))
+            ablations = [self.sampled(list(OUTSIDE)[1:], seed, both) for seed in (0, 1, 2)]
+            return [weights + first[0], *first[1:], *second, *ablations]
+        parts = self.main_parts((self.steps // 2, self.steps, 2 * self.steps), (0, 1, 2), SAMPLER)
+        others = list(AUTOENCODERS)
+        rest = self.sampled([name for name in others[2:others.index(STARTS[0])]], 0)
+        for name in REPEATED:
+            rest += self.sampled([name], 1) + self.sampled([name], 2)
+        return [*parts, rest]
+
+    def sampled(self, names, seed, guidances=("no guidance",), steps=None):
+        """SiT on the latents of some autoencoders of a seed."""
+        return [Run(seed, name, "sit", steps or self.steps, guidance)
+                for name in names for guidance in guidances]
+
+    def main_parts(self, lengths, seeds, families):
         """Plain against aligned."""
-        runs = []
+        parts = []
         for steps in lengths:
             for seed in seeds:
+                parts.append([])
                 for family in families:
                     longest = family == "sit" and steps == 2 * self.steps
                     for name in ("plain", "aligned"):
                         for guidance in list(GUIDANCE)[:None if longest else 3]:
-                            runs.append(Run(seed, name, family, steps, guidance))
-        return runs
+                            parts[-1].append(Run(seed, name, family, steps, guidance))
+        return parts
 
 
 # --------------------------------------------------------------------------------------------------
@@ -161,7 +210,7 @@ def shared_lanes(cfg, out):
     flags = ["--data", cfg.data, *cfg.shorter]
     jobs = {out / "judge" / "judge.safetensors":
             command("demo.teacher", "judge", "--out", out / "judge", *flags)}
-    others = TEACHERS if cfg.plan.whole and not cfg.plan.starts else {}
+    others = TEACHERS if cfg.plan.kind == "scenes" else {}
     for name, words in {"teacher": [], **others}.items():
         folder = out / name.replace(" ", "-")
         jobs[folder / "dinov2.pth"] = command(
@@ -182,22 +231,24 @@ def name_of(product, out):
 
 def autoencoder_jobs(cfg, out, seed, name):
     """{product: command} of an autoencoder, its latents, and MLPs that learn to read it afterwards,
-    for all autoencoders alike, so that cosines and masks compare."""
+    for all autoencoders alike, so that cosines and masks compare; without MLPs where the teachers
+    differ."""
     folder, (stage, flags, settings) = folder_of(out, seed, name), AUTOENCODERS[name]
     plain = folder_of(out, seed, "plain") / "vae"
     flags = [plain if flag == "PLAIN" else flag for flag in flags]
-    if stage == "align":
+    if stage == "align" and "--teacher" not in flags:
         teacher = name.replace(" ", "-") if name in TEACHERS else "teacher"
         flags = [*flags, "--teacher", out / teacher]
     # latent_scale is read by stage latents, the others by stage align: both get all
     program = ["demo.study", "stage", json.dumps(settings)] if settings else ["train.py"]
     read = ["--stage", "align", "--init", folder / stage, "--freeze", "--teacher", out / "teacher"]
     common = [*cfg.common, *cfg.shorter, "--seed", seed]
-    return {
-        folder / "latents" / "meta.json": command(
-            *program, "--stage", stage, "latents", *flags, *common, "--out", folder),
-        folder / "mlps" / "align" / "config.json": command(
-            "train.py", *read, *common, "--out", folder / "mlps")}
+    jobs = {folder / "latents" / "meta.json": command(
+        *program, "--stage", stage, "latents", *flags, *common, "--out", folder)}
+    if cfg.plan.kind != "teachers":
+        jobs[folder / "mlps" / "align" / "config.json"] = command(
+            "train.py", *read, *common, "--out", folder / "mlps")
+    return jobs
 
 
 def sample_jobs(cfg, out, run):
@@ -211,6 +262,18 @@ def sample_jobs(cfg, out, run):
                         cfg.plan.num, "--seed", run.seed, *SAMPLER[run.family],
                         *GUIDANCE[run.guidance], "--out", samples_of(out, run))
     return {transformer / run.family / "ema.safetensors": train_it, samples_of(out, run): sample_it}
+
+
+def second_judge(x):
+    """Features (N, 1280) of images x (N, 3, H, W) by EfficientNet-Lite1 at 96 pixels, which has
+    seen neither these labels nor, as Lite0 has, these latents."""
+    return lite1().features(lite_input(align.teacher_input(x, 96)))
+
+
+@functools.cache
+def lite1():
+    """The network of the second judge."""
+    return published(1).to(device)
 
 
 def lanes(cfg, out, runs):
@@ -241,17 +304,23 @@ def latent_spectrum(x):
     return (v.sum() ** 2 / v.square().sum()).item(), (rings / rings.sum()).tolist()
 
 
-def seconds_per_step(folder):
-    """The median over the lines of a stage's log."""
-    lines = map(json.loads, (folder / "log.jsonl").read_text().splitlines())
+def training_figures(folder):
+    """Of a stage's log: seconds a step, the median of its lines; and of a transformer the loss at
+    the end, the mean over the last tenth of them."""
+    lines = list(map(json.loads, (folder / "log.jsonl").read_text().splitlines()))
     # lines of held-out figures have no speed
-    speeds = [line["images_per_second"] for line in lines if "images_per_second" in line]
-    return read_json(folder / "settings.json")["batch_size"] / float(np.median(speeds))
+    lines = [line for line in lines if "images_per_second" in line]
+    speed = float(np.median([line["images_per_second"] for line in lines]))
+    figures = {"seconds per step": read_json(folder / "settings.json")["batch_size"] / speed}
+    if "loss" in lines[-1]:
+        figures["loss at the end"] = float(np.mean([line["loss"] for line in
+                                                    lines[-max(1, len(lines) // 10):]]))
+    return figures
 
 
 def autoencoder_figures(referee, lane, stage_folder):
     """What results.jsonl says of an autoencoder, beside its scores."""
-    figures = score_latents(referee, lane) if referee.truth else {}
+    figures = score_latents(referee, lane) if referee.truth and lane.heads else {}
     figures["dimensions"], figures["rings"] = latent_spectrum(lane.x)
     variance = lane.z.var((0, 2, 3))                                             # (C,)
     figures["channels"] = (variance / variance.sum()).sort(descending=True).values.tolist()
@@ -260,21 +329,24 @@ def autoencoder_figures(referee, lane, stage_folder):
     feats = in_batches(lambda z: referee.judge(lane.autoencoder.decode(z).sample)[0],
                        (lane.z + lane.z[order]) / 2)
     figures["FD halfway between two latents"] = frechet(feats, referee.feats)
-    figures["seconds per step"] = seconds_per_step(stage_folder)
-    return figures
+    return {**figures, **training_figures(stage_folder)}
 
 
 def sample_figures(referee, lane, path, family):
-    """What it says of a set of samples: ADM's figures, with the judge in place of Inception."""
+    """What it says of a set of samples: ADM's figures, with the judge in place of Inception, and
+    the distance that the second judge sees, where there is one."""
     images, labels = load_samples(path)
     feats, logits, spatial = in_batches(referee.judge, to_float(images))
     precision, recall = fid.precision_recall(referee.feats, feats)
     accuracy = (logits.argmax(1).cpu() == labels).float().mean().item()
-    return {"FD": frechet(feats, referee.feats), "sFD": frechet(spatial, referee.spatial),
-            "IS": fid.inception_score(logits), "precision": precision, "recall": recall,
-            "FD to own reconstructions": frechet(feats, lane.rec_feats),
-            "class accuracy": accuracy,
-            "seconds per step": seconds_per_step(path.parent / family)}
+    figures = {"FD": frechet(feats, referee.feats), "sFD": frechet(spatial, referee.spatial),
+               "IS": fid.inception_score(logits), "precision": precision, "recall": recall,
+               "FD to own reconstructions": frechet(feats, lane.rec_feats),
+               "class accuracy": accuracy, **training_figures(path.parent / family)}
+    if referee.second is not None:
+        second = in_batches(second_judge, to_float(images))                      # (N, 1280)
+        figures["FD, second judge"] = frechet(second, referee.second)
+    return figures
 
 
 def read_results(path):
@@ -319,14 +391,18 @@ def measure(plan, out):
             todo = [run for run in weights if known.get(run) != weights[run]]
             if not todo:
                 continue
-            referee = referee or Referee(out)            # reads all images: once, if at all
             folder = folder_of(out, seed, name)
-            lane = load_lane(folder / "mlps" / "align", folder / "latents", referee)
+            if referee is None:                          # reads all images: once, if at all
+                referee, referee.second = Referee(out), None
+                if plan.kind == "teachers":
+                    referee.second = in_batches(second_judge, referee.x)         # (N, 1280)
+            source = folder / AUTOENCODERS[name][0]
+            mlps = source if plan.kind == "teachers" else folder / "mlps" / "align"
+            lane = load_lane(mlps, folder / "latents", referee, heads=mlps != source)
             scores = score_autoencoder(referee, lane)
             for run in todo:
                 if run == (seed, name):
-                    stage_folder = folder / AUTOENCODERS[name][0]
-                    figures = {**scores, **autoencoder_figures(referee, lane, stage_folder)}
+                    figures = {**scores, **autoencoder_figures(referee, lane, source)}
                 else:
                     figures = sample_figures(referee, lane, samples_of(out, run), run.family)
                     figures["seconds"] = timings.get(name_of(samples_of(out, run), out))
@@ -435,6 +511,44 @@ def autoencoder_tables(plan, results):
     return lines
 
 
+def teacher_tables(plan, results):
+    """The sections of --teachers: samples by length and guidance, then what the latents are."""
+    names = list(dict.fromkeys(run.name for run in plan.runs()))
+    figures = {"FD": 2, "FD, second judge": 0, "class accuracy": 2, "sFD": 1, "IS": 2,
+               "precision": 2, "recall": 2, "loss at the end": 2}
+    lines = [f"The weight, chosen by FD without guidance of seed 0: {CHOSEN}; our own teacher has "
+             "the default, 0.05.", ""]
+    for steps in (plan.steps, 4 * plan.steps):
+        for guidance in list(GUIDANCE)[:2]:
+            rows = []
+            for name in names:
+                found = [results[run] for run in plan.runs() if run in results
+                         and run[1:] == (name, "sit", steps, guidance)]
+                if found:
+                    rows.append([f"{title_of(name)} ({len(found)})", *(
+                        spread_of([line[key] for line in found], digits)
+                        for key, digits in figures.items())])
+            if rows:
+                lines += [f"## {steps} steps, {guidance}", "", *table(["(seeds)", *figures], rows)]
+    shown = {label: column for label, column in COLUMNS.items()
+             if all(column[0] in line for run, line in results.items() if len(run) == 2)}
+    rows = []
+    for name in names:
+        found = [line for run, line in results.items() if run[1:] == (name,)]
+        if found:
+            rows.append([f"{title_of(name)} ({len(found)})", *(
+                spread_of([line[key] for line in found], digits)
+                for key, digits in shown.values())])
+    lines += ["## Latents", "", *table(["(seeds)", *shown], rows)]
+    return lines + variance_table({title_of(name): results[0, name] for name in names
+                                   if (0, name) in results})
+
+
+def title_of(name):
+    """What the tables of --teachers call an autoencoder."""
+    return "our own teacher" if name == "aligned" else name
+
+
 def seed_tables(plan, results, names, shown):
     """Mean and deviation of the autoencoders that have several seeds, the columns in two tables."""
     head, sampled = ["", *shown, "FD of samples"], ("sit", plan.steps, "no guidance")
@@ -511,7 +625,9 @@ def tables(plan, results):
     if judges > 1:
         lines += [f"{judges} judges, trained on different machines or anew, have measured these "
                   "sets; plain and aligned of a seed were measured by the same one.", ""]
-    if done:
+    if done and plan.kind == "teachers":
+        lines += teacher_tables(plan, results)
+    elif done:
         lines += ["## Main table", "", *main_tables(plan, results),
                   *autoencoder_tables(plan, results), *cost_table(plan, results)]
     return lines
@@ -524,15 +640,16 @@ def tables(plan, results):
 def draw_study(plan, out, results):
     """fd.png, over the length of training, and samples.png, of seed 0; returns their names."""
     curves, columns, drawn = {}, {}, {}
+    shown = ("plain", CHOSEN) if plan.kind == "teachers" else ("plain", "aligned")
     for run in plan.runs():
-        if run in results and run.name in ("plain", "aligned"):
+        if run in results and run.name in shown:
             title = f"{model_of(run.family)}, {run.guidance}: FD"
             curve = curves.setdefault(title, {}).setdefault(run.name, {})
             curve.setdefault(run.steps, []).append(results[run]["FD"])
             if (run.seed, run.family, run.guidance) == (0, "sit", "no guidance"):
                 images, labels = load_samples(samples_of(out, run))
                 columns[f"{run.name}, {run.steps} steps"], _ = by_class(
-                    images, labels, 10, 3 if plan.whole else 10)
+                    images, labels, 10, {"scenes": 3, "teachers": 5}.get(plan.kind, 10))
     # one length is no curve
     panels = {title: {name: [(steps, np.mean(found)) for steps, found in sorted(curve.items())]
                       for name, curve in by_name.items()}
@@ -556,20 +673,18 @@ def write_report(plan, out):
 
 
 def study(cfg, out):
-    """All of the plan, in parts: the main table by length and seed, then the rest."""
-    runs, parts = cfg.plan.runs(), {}
-    for run in runs:
-        main = run.name in ("plain", "aligned")          # reported as soon as both are there
-        parts.setdefault((run.steps, run.seed) if main else "the rest", []).append(run)
+    """All of the plan, part by part."""
     if cfg.dry_run:
-        for lane in (*sum(shared_lanes(cfg, out), []), *lanes(cfg, out, runs)):
+        for lane in (*sum(shared_lanes(cfg, out), []), *lanes(cfg, out, cfg.plan.runs())):
             for _, words in lane:
                 print(shlex.join(["python", *words[1:]]))
         return
+    if cfg.plan.kind == "teachers":                      # both are there, before hours of work
+        published(0), lite1()
     for group in shared_lanes(cfg, out):
         run_lanes(group, out)
     write_report(cfg.plan, out)                          # at first the plan alone
-    for part in parts.values():
+    for part in cfg.plan.parts():
         run_lanes(lanes(cfg, out, part), out)
         write_report(cfg.plan, out)
     print(f"report and pictures: {out}/report.md; figures of every run: {out}/results.jsonl")
@@ -586,6 +701,8 @@ def parse_arguments(argv):
     parser.add_argument("--out", type=Path, help="default: runs/scenes-study or the like")
     parser.add_argument("--starts", action="store_true",
                         help="alignment from scratch beside that of a trained autoencoder")
+    parser.add_argument("--teachers", action="store_true",
+                        help="EfficientNet-Lite0 as teacher beside our own and random weights")
     parser.add_argument("--num", type=int, default=2000, help="samples a set")
     parser.add_argument("--scenes", type=int, default=20000, help="scenes to train on")
     parser.add_argument("--steps", type=int, help="of all that trains, for a short study")
@@ -595,11 +712,14 @@ def parse_arguments(argv):
         stop("want python -m demo.study tables FILE, or python -m demo.study")
     if cfg.steps is not None and cfg.steps < 2:
         stop(f"--steps {cfg.steps}: the study trains half as long too")
+    if cfg.starts and cfg.teachers:
+        stop("--starts and --teachers are two studies: give one of them")
     of = cfg.data.stem if cfg.data else "scenes"
-    out = cfg.out or Path("runs", f"{of}-{'starts' if cfg.starts else 'study'}")
+    kind = "starts" if cfg.starts else "teachers" if cfg.teachers else None
+    out = cfg.out or Path("runs", f"{of}-{kind or 'study'}")
     cfg.data = cfg.data or out / "scenes.zip"
     scenes = cfg.data == out / "scenes.zip" or truth_path(cfg.data).is_file()
-    cfg.plan = Plan(scenes, cfg.steps or 2400, cfg.num, cfg.starts)
+    cfg.plan = Plan(kind or ("scenes" if scenes else "images"), cfg.steps or 2400, cfg.num)
     cfg.shorter = ["--steps", cfg.steps] if cfg.steps else []
     cfg.common = ["--preset", "small", "--data", cfg.data]
     if scenes:
@@ -618,7 +738,7 @@ def main(argv=None):
             print("\n".join(tables(cfg.plan, last_of_each(read_results(cfg.file)))))
         else:
             study(cfg, out)
-    except DataError as error:
+    except (DataError, OSError, ValueError) as error:
         stop(error)
 
 

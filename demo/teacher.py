@@ -29,9 +29,9 @@ from PIL import ExifTags, Image
 import align
 from demo.scenes import FAR, NEAR, SEGMENTS, truth_path
 from fid import FORMATS
-from train import (TRAINING, DataError, ImageFolder, Log, device, differ, digests, due, finish,
-                   generator, load_batches, lock, middle_square, read_json, set_learning_rate,
-                   spread, steps_left, stop, to_float, world_size, write_json)
+from train import (TRAINING, DataError, ImageFolder, Log, device, differ, due, finish, generator,
+                   load_batches, lock, middle_square, read_json, set_learning_rate, spread,
+                   steps_left, stop, teacher_digest, to_float, world_size, write_json)
 from vae import atomic_file, load_strict, load_weights, save_safetensors
 
 
@@ -251,7 +251,7 @@ def train_heads(cfg):
         stop(f"--teacher-size {cfg.teacher_size}: want a multiple of the teacher's patches, "
              f"{teacher.patch_size}")
     data, width = DenseFolder(cfg.data, cfg.image_size), teacher.embed_dim
-    if not begin(cfg, "heads.json", **digests(teacher=cfg.teacher)):
+    if not begin(cfg, "heads.json", **teacher_digest(cfg.teacher, teacher)):
         return
     masks = dict(embed_dim=width, num_classes=len(data.classes)) if data.classes else None
     # a depth head is a mean of fixed depths, so it reaches as far as the data does

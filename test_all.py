@@ -3971,14 +3971,18 @@ def test_the_study_plans_measures_and_reports(whole, tmp_path):
 
 
 def test_the_tables_of_the_demos_readme_are_those_of_its_results():
-    """All tables of the scenes, the main ones of CIFAR-10; no set of the two plans is missing."""
+    """All tables of the scenes, the main ones of CIFAR-10, those over the seeds of the starts; no
+    set of these plans is missing."""
     readme = (HERE / "demo/README.md").read_text().splitlines()
     for words, sets, least in (("demo/study.jsonl", 150, 60),
-                               ("demo/study-cifar10.jsonl --data cifar10.zip", 12, 8)):
+                               ("demo/study-cifar10.jsonl --data cifar10.zip", 12, 8),
+                               ("demo/study-starts.jsonl --starts", 12, 8)):
         said = command("demo.study tables", words).stdout
         assert f"{sets} of the {sets} sets are there" in said
         said = said.split("## Why")[0] if "cifar10" in words else said
-        tables = [line for line in said.splitlines() if line.startswith(("|", "*"))]
+        said = said.split("## Starts")[1].split("## Cost")[0] if "starts" in words else said
+        tables = [line for line in said.splitlines() if line.startswith(("|", "*"))
+                  and ("starts" not in words or "seeds" in line)]
         assert len(tables) >= least and set(tables) <= set(readme)
 
 

@@ -511,37 +511,49 @@ def autoencoder_tables(plan, results):
     return lines
 
 
-def teacher_tables(plan, results):
-    """The sections of --teachers: samples by length and guidance, then what the latents are."""
-    names = list(dict.fromkeys(run.name for run in plan.runs()))
-    figures = {"FD": 2, "FD, second judge": 0, "class accuracy": 2, "sFD": 1, "IS": 2,
-               "precision": 2, "recall": 2, "loss at the end": 2}
-    lines = [f"The weight, chosen by FD without guidance of seed 0: {CHOSEN}; our own teacher has "
-             "the default, 0.05.", ""]
-    for steps in (plan.steps, 4 * plan.steps):
-        for guidance in list(GUIDANCE)[:2]:
-            rows = []
-            for name in names:
-                found = [results[run] for run in plan.runs() if run in results
-                         and run[1:] == (name, "sit", steps, guidance)]
-                if found:
-                    rows.append([f"{title_of(name)} ({len(found)})", *(
-                        spread_of([line[key] for line in found], digits)
-                        for key, digits in figures.items())])
-            if rows:
-                lines += [f"## {steps} steps, {guidance}", "", *table(["(seeds)", *figures], rows)]
-    shown = {label: column for label, column in COLUMNS.items()
-             if all(column[0] in line for run, line in results.items() if len(run) == 2)}
+def teacher_tables(plan, lines):
+    """The sections of --teachers, for every judge on its own: samples by length and guidance, then
+    what the latents are."""
+    by_judge = {}
+    for line in lines:
+        by_judge.setdefault(judge_of(line), []).append(line)
+    said = [f"The weight, chosen by the FD without guidance of seed 0: {CHOSEN}; our own teacher "
+            "has the default of 0.05. Behind a name stands the number of seeds.", ""]
+    for number, of_judge in enumerate(by_judge.values(), 1):
+        results = last_of_each(of_judge)
+        if len(by_judge) > 1:
+            said += [f"## As judge {number} sees it", ""]
+        for steps in (plan.steps, 4 * plan.steps):
+            for guidance in list(GUIDANCE)[:2]:
+                rows = rows_of(plan, results, OF_SAMPLES, ("sit", steps, guidance))
+                if rows:
+                    said += [f"SiT, {steps} steps, {guidance}:", "",
+                             *table(["", *OF_SAMPLES], rows)]
+        said += ["Latents:", "", *table(["", *OF_LATENTS], rows_of(plan, results, OF_LATENTS)),
+                 *variance_table({title_of(run[1]): line for run, line in results.items()
+                                  if len(run) == 2 and run[0] == 0})]
+    return said
+
+
+# figure, digits; under their own names and, of latents, under those of COLUMNS
+OF_SAMPLES = {"FD": 2, "FD, second judge": 0, "class accuracy": 2, "sFD": 1, "IS": 2,
+              "precision": 2, "recall": 2, "loss at the end": 2}
+OF_LATENTS = dict(list(COLUMNS.items())[:3] + list(COLUMNS.items())[-2:])
+
+
+def rows_of(plan, results, columns, rest=()):
+    """Rows of a table, an autoencoder each: mean and deviation over the seeds that are there of
+    its own figures, or of its samples as `rest` tells them."""
     rows = []
-    for name in names:
-        found = [line for run, line in results.items() if run[1:] == (name,)]
+    for name in dict.fromkeys(["plain", *(run.name for run in plan.runs())]):
+        found = [line for run, line in results.items() if run[1:] == (name, *rest)]
         if found:
-            rows.append([f"{title_of(name)} ({len(found)})", *(
-                spread_of([line[key] for line in found], digits)
-                for key, digits in shown.values())])
-    lines += ["## Latents", "", *table(["(seeds)", *shown], rows)]
-    return lines + variance_table({title_of(name): results[0, name] for name in names
-                                   if (0, name) in results})
+            cells = []
+            for label, column in columns.items():
+                key, digits = column if isinstance(column, tuple) else (label, column)
+                cells.append(spread_of([line[key] for line in found], digits))
+            rows.append([f"{title_of(name)} ({len(found)})", *cells])
+    return rows
 
 
 def title_of(name):
@@ -605,9 +617,9 @@ def cost_table(plan, results):
             *table(["", "plain", "aligned", "change"], rows)]
 
 
-def tables(plan, results):
-    """Lines of the report: the plan, then the tables of what is there."""
-    runs = plan.runs()
+def tables(plan, measured):
+    """Lines of the report: the plan, then the tables of what was measured."""
+    runs, results = plan.runs(), last_of_each(measured)
     done = sum(run in results for run in runs)
     seeds, lengths = (sorted({run[i] for run in runs}) for i in (0, 3))
     lines = ["# Plain and aligned latents", "",
@@ -624,9 +636,9 @@ def tables(plan, results):
     judges = len({judge_of(line) for line in results.values()})
     if judges > 1:
         lines += [f"{judges} judges, trained on different machines or anew, have measured these "
-                  "sets; plain and aligned of a seed were measured by the same one.", ""]
+                  "sets; what stands side by side was measured by the same one.", ""]
     if done and plan.kind == "teachers":
-        lines += teacher_tables(plan, results)
+        lines += teacher_tables(plan, measured)
     elif done:
         lines += ["## Main table", "", *main_tables(plan, results),
                   *autoencoder_tables(plan, results), *cost_table(plan, results)]
@@ -665,9 +677,9 @@ def draw_study(plan, out, results):
 
 def write_report(plan, out):
     """Measure what is new, and write report.md and its pictures."""
-    results = last_of_each(measure(plan, out))
-    drawn = draw_study(plan, out, results)
-    lines = tables(plan, results) + [f"![{name}]({name})\n" for name in drawn]
+    measured = measure(plan, out)
+    drawn = draw_study(plan, out, last_of_each(measured))
+    lines = tables(plan, measured) + [f"![{name}]({name})\n" for name in drawn]
     with atomic_file(out / "report.md") as file:
         file.write(("\n".join(lines) + "\n").encode())
 
@@ -735,7 +747,7 @@ def main(argv=None):
     cfg, out = parse_arguments(argv)
     try:
         if cfg.action == "tables":
-            print("\n".join(tables(cfg.plan, last_of_each(read_results(cfg.file)))))
+            print("\n".join(tables(cfg.plan, read_results(cfg.file))))
         else:
             study(cfg, out)
     except (DataError, OSError, ValueError) as error:

@@ -206,14 +206,17 @@ def load_teacher(name):
     name = str(name)
     if name in DINOV2:
         teacher = load_dinov2(name)
-    elif re.fullmatch(r"[\w.]+:\w+", name):
+    elif re.fullmatch(r"\w[\w.]*:\w+", name):
         module, function = name.split(":")
         try:
             make = getattr(importlib.import_module(module), function)
         except (ImportError, AttributeError) as error:
-            raise ValueError(f"{error}: want MODULE:FUNCTION of a module that Python finds, such as "
-                             "one beside train.py") from None
-        teacher = make()
+            raise ValueError(f"{error}: want MODULE:FUNCTION where Python finds both and what they "
+                             "import, as beside train.py") from None
+        teacher = make() if callable(make) else None
+        wanted = ("embed_dim", "patch_size", "forward_features")
+        if not (isinstance(teacher, nn.Module) and all(hasattr(teacher, key) for key in wanted)):
+            raise ValueError(f"it returns no module with {', '.join(wanted)}: see README")
     else:
         teacher = load_dinov2_folder(Path(name))
     return teacher.eval().requires_grad_(False)

@@ -1346,12 +1346,13 @@ def digests(**paths):
 
 
 def teacher_digest(name, teacher):
-    """What tells a teacher from others of its name: sha256 of its file, or of the weights that a
-    function has given it; those of a published name are known."""
+    """What tells a teacher from others of its name: sha256 of its file, or of the weights (not the
+    code) that a function has given it; those of a published name are known."""
     facts = digests(teacher=name)
     if not facts and name not in align.DINOV2:
         digest = hashlib.sha256()
-        for value in teacher.state_dict().values():
+        for key, value in teacher.state_dict().items():
+            digest.update(f"{key} {tuple(value.shape)}".encode())
             digest.update(value.cpu().reshape(-1).view(torch.uint8).numpy())
         facts = {"teacher_state": digest.hexdigest()}
     return facts
@@ -1435,8 +1436,7 @@ def load_autoencoder(folder):
 
 
 def load_teacher(name):
-    """The frozen teacher, by its published name or from a folder; stops with one line where there
-    is none."""
+    """The frozen teacher, as align.load_teacher has it; stops with one line where there is none."""
     try:
         return first_on_node(lambda: align.load_teacher(name))
     except (OSError, ValueError) as error:

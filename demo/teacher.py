@@ -433,7 +433,8 @@ def parse_arguments(argv):
                        help="learn classes and masks, and not depth alone")
     heads.add_argument("data", type=Path, metavar="DIR",
                        help="folder of images, masks or depth or both, and classes.txt")
-    heads.add_argument("--teacher", required=True, help="published name, or folder of a teacher")
+    heads.add_argument("--teacher", required=True, help="published name, folder of a teacher, or "
+                       "MODULE:FUNCTION")
     heads.add_argument("--teacher-size", type=positive, help="pixels a side that the teacher sees "
                        "(default: 224 for patches of 14, else the image size)")
     defaults = {train: (450, 0.05), judge: (250, 0.05), heads: (500, 0.01)}

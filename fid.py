@@ -783,6 +783,9 @@ def plan(cfg):
             raise ValueError(f"{path}: there is no folder {path.parent}: make it first")
     if cfg.json and cfg.json.exists() and not is_report(cfg.json):
         raise ValueError(f"--json {cfg.json} is there and no report of fid.py: choose another name")
+    if cfg.save_stats and cfg.save_stats.exists() and not is_statistics(cfg.save_stats):
+        raise ValueError(f"--save-stats {cfg.save_stats} is there and no file of fid.py: choose "
+                         "another name")
     return samples, reference, statistics, metrics
 
 
@@ -793,6 +796,16 @@ def is_report(path):
     except (OSError, ValueError):
         return False
     return isinstance(found, dict) and {"samples", "num_samples", "reference"} <= found.keys()
+
+
+def is_statistics(path):
+    """Whether a file is one that --save-stats writes."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+    except (OSError, zipfile.BadZipFile):
+        return False
+    return "resize.npy" in names and "arr_0.npy" not in names
 
 
 def report(cfg, samples, compared_with, few, figures):

@@ -2454,9 +2454,13 @@ def test_the_evaluator_refuses_what_it_cannot_do(image_sets, inception_weights, 
             ((only, "--weights", tmp_path / "nan.pth"), "image 0 (the first is 0): features"),
             ((only, *weights, "--json", tmp_path / "no" / "out.json"), "there is no folder"),
             *(((only, *weights, "--json", path), "is there and no report of fid.py")
-              for path in others)):
+              for path in others),
+            *((("--save-stats", path, *weights), "is there and no file of fid.py")
+              for path in (others[0], samples, image_sets / "adm.npz"))):
         assert said in refused("fid.py", samples, *words)
     assert [path.read_text() for path in others] == OTHER_JSON
+    command("fid.py", samples, "--save-stats", tmp_path / "s.npz", *weights)
+    command("fid.py", samples, "--save-stats", tmp_path / "s.npz", *weights)
     monkeypatch.setattr(fid, "INCEPTION", (f"{server}/inception.pth", None))
     line = refused("fid.py", samples, only)
     assert "inception.pth is not in" in line and "download" in line

@@ -156,12 +156,13 @@ class Plan:
                     for seed in (0, 1, 2) for names in (("plain", "aligned"), STARTS)]
         both = list(GUIDANCE)[:2]
         if self.kind == "teachers":
+            def of_seeds(names, steps=None):
+                return sum((self.sampled(names, seed, both, steps) for seed in (0, 1, 2)), [])
+
             main = ("plain", CHOSEN, "random weights", "aligned")
             weights = self.sampled([name for name in WEIGHTS if name != CHOSEN], 0, both)
-            first, second = ([self.sampled(main, seed, both, steps) for seed in (0, 1, 2)]
-                             for steps in (self.steps, 4 * self.steps))
-            ablations = [self.sampled(list(OUTSIDE)[1:], seed, both) for seed in (0, 1, 2)]
-            return [weights + first[0], *first[1:], *second, *ablations]
+            return [weights + of_seeds(main), of_seeds(main, 4 * self.steps),
+                    of_seeds(list(OUTSIDE)[1:])]
         parts = self.main_parts((self.steps // 2, self.steps, 2 * self.steps), (0, 1, 2), SAMPLER)
         others = list(AUTOENCODERS)
         rest = self.sampled([name for name in others[2:others.index(STARTS[0])]], 0)

@@ -39,8 +39,8 @@ from demo.report import (DEPTH, MASKS, Referee, frechet, in_batches, load_lane, 
                          score_autoencoder, score_latents)
 from demo.scenes import truth_path
 from sample import by_class, sheet
-from train import (FAMILIES, DataError, checksum, device, generator, progress, read_json,
-                   save_picture, stop, to_float)
+from train import (FAMILIES, DataError, checksum, device, generator, in_order, progress, read_json,
+                   save_picture, spread, stop, to_float)
 from vae import atomic_file
 
 # --------------------------------------------------------------------------------------------------
@@ -336,21 +336,29 @@ def autoencoder_figures(referee, lane, stage_folder):
     return {**figures, **training_figures(stage_folder)}
 
 
-def sample_figures(referee, lane, path, family):
-    """What it says of a set of samples: ADM's figures, with the judge in place of Inception, and
-    the distance that the second judge sees, where there is one."""
-    images, labels = load_samples(path)
+def judged(referee, images, labels):
+    """What it says of a set of images: ADM's figures, with the judge in place of Inception, and the
+    distance that the second judge sees, where there is one. Also the judge's features."""
     feats, logits, spatial = in_batches(referee.judge, to_float(images))
     precision, recall = fid.precision_recall(referee.feats, feats)
     accuracy = (logits.argmax(1).cpu() == labels).float().mean().item()
     figures = {"FD": frechet(feats, referee.feats), "sFD": frechet(spatial, referee.spatial),
                "IS": fid.inception_score(logits), "precision": precision, "recall": recall,
-               "FD to own reconstructions": frechet(feats, lane.rec_feats),
-               "class accuracy": accuracy, **training_figures(path.parent / family)}
+               "class accuracy": accuracy}
     if referee.second is not None:
         second = in_batches(second_judge, to_float(images))                      # (N, 1280)
         figures["FD, second judge"] = frechet(second, referee.second)
-    return figures
+    return figures, feats
+
+
+def real_images(referee, count):
+    """The same of training images, the end of the scale."""
+    batches = in_order(referee.train_set, 500, spread(len(referee.train_set), count))
+    images, labels = map(torch.cat, zip(*batches))
+    return judged(referee, images, labels)[0]
+
+
+REAL = ("real images",)                                  # their run in results.jsonl
 
 
 def read_results(path):
@@ -400,16 +408,21 @@ def measure(plan, out):
                 referee, referee.second = Referee(out), None
                 if plan.kind == "teachers":
                     referee.second = in_batches(second_judge, referee.x)         # (N, 1280)
-            source = folder / AUTOENCODERS[name][0]
-            mlps = source if plan.kind == "teachers" else folder / "mlps" / "align"
-            lane = load_lane(mlps, folder / "latents", referee, heads=mlps != source)
+                    judge = {"judge": weights[seed, name]["judge"]}
+                    lines.append({"run": REAL, "weights": judge, **real_images(referee, plan.num)})
+            source, has_mlps = folder / AUTOENCODERS[name][0], plan.kind != "teachers"
+            lane = load_lane(folder / "mlps" / "align" if has_mlps else source,
+                             folder / "latents", referee, has_mlps)
             scores = score_autoencoder(referee, lane)
             for run in todo:
                 if run == (seed, name):
                     figures = {**scores, **autoencoder_figures(referee, lane, source)}
                 else:
-                    figures = sample_figures(referee, lane, samples_of(out, run), run.family)
-                    figures["seconds"] = timings.get(name_of(samples_of(out, run), out))
+                    path_of_run = samples_of(out, run)
+                    figures, feats = judged(referee, *load_samples(path_of_run))
+                    figures["FD to own reconstructions"] = frechet(feats, lane.rec_feats)
+                    figures.update(training_figures(path_of_run.parent / run.family))
+                    figures["seconds"] = timings.get(name_of(path_of_run, out))
                 lines.append({"run": run, "weights": weights[run], **figures})
             with atomic_file(path) as file:              # whole: a kill leaves no half line
                 file.write("".join(json.dumps(line, allow_nan=False) + "\n"
@@ -557,6 +570,9 @@ def rows_of(plan, results, columns, rest=()):
                 key, digits = column if isinstance(column, tuple) else (label, column)
                 cells.append(spread_of([line[key] for line in found], digits))
             rows.append([f"{title_of(name)} ({len(found)})", *cells])
+    if rest and rows and REAL in results:
+        rows.append(["real images", *(f"{results[REAL][key]:.{digits}f}" if key in results[REAL]
+                                      else "" for key, digits in columns.items())])
     return rows
 
 

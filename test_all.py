@@ -3998,6 +3998,15 @@ def test_the_tables_of_the_demos_readme_are_those_of_its_results():
         assert len(tables) >= least and set(tables) <= set(readme)
 
 
+def test_the_tables_of_teachers_are_those_of_their_results():
+    """What README shows of them, and the figures that its words hold."""
+    readme = (HERE / "demo/README.md").read_text().split("### A teacher from outside")[1]
+    said = command("demo.study tables demo/study-teachers.jsonl --teachers").stdout
+    rows = [line for line in readme.splitlines() if line.startswith("|")]
+    assert len(rows) >= 30 and set(rows) <= set(said.splitlines())
+    assert re.search(r"\d+ of the 74 sets", said)[0] in readme
+
+
 def test_white_latents_have_all_dimensions_and_a_flat_spectrum():
     """The share of the smallest ring, with 80,000 numbers, has a deviation of 0.5 %."""
     dimensions, rings = demo.study.latent_spectrum(torch.randn(40_000, 2, 4, 4))

@@ -3999,7 +3999,7 @@ def test_the_tables_of_the_demos_readme_are_those_of_its_results():
 
 
 def test_the_tables_of_teachers_are_those_of_their_results():
-    """What README shows of them, and the figures that its words hold."""
+    """The rows that README shows of them, and how many sets are in."""
     readme = (HERE / "demo/README.md").read_text().split("### A teacher from outside")[1]
     said = command("demo.study tables demo/study-teachers.jsonl --teachers").stdout
     rows = [line for line in readme.splitlines() if line.startswith("|")]

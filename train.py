@@ -268,9 +268,7 @@ def train_autoencoder(cfg):
     images."""
     train_set, held_out = open_data(cfg)
     cfg, nets = new_autoencoder(cfg)
-    weights = digests(init=cfg.init)
-    if nets.teacher:
-        weights.update(teacher_digest(cfg.teacher, nets.teacher))
+    weights = digests(init=cfg.init) | teacher_digest(cfg.teacher, nets.teacher)
     folder = begin(cfg, train_set.facts(), nets.autoencoder, **weights)
     if folder is None:
         return
@@ -1347,9 +1345,9 @@ def digests(**paths):
 
 def teacher_digest(name, teacher):
     """What tells a teacher from others of its name: sha256 of its file, or of the weights (not the
-    code) that a function has given it; those of a published name are known."""
-    facts = digests(teacher=name)
-    if not facts and name not in align.DINOV2:
+    code) that a function has given it; those of a published name are known. {} without one."""
+    facts = digests(teacher=teacher and name)
+    if teacher and not facts and name not in align.DINOV2:
         digest = hashlib.sha256()
         for key, value in teacher.state_dict().items():
             digest.update(f"{key} {tuple(value.shape)}".encode())

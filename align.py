@@ -128,7 +128,8 @@ class AlignmentHeads(nn.Module):
         self.patch_mean.copy_(patch_tokens.mean(0))                 # (D,), as all four
         self.patch_std.copy_(patch_tokens.std(0).clamp(min=1e-6))
         self.cls_mean.copy_(cls_token.mean(0))
-        self.cls_std.copy_(cls_token.std(0).clamp(min=1e-6))
+        correction = min(1, len(cls_token) - 1)                     # one image alone: 0, not nan
+        self.cls_std.copy_(cls_token.std(0, correction=correction).clamp(min=1e-6))
 
     @torch.no_grad()
     def fit_norm(self, norm):
@@ -216,7 +217,7 @@ def load_teacher(name):
         teacher = make() if callable(make) else None
         wanted = ("embed_dim", "patch_size", "forward_features")
         if not (isinstance(teacher, nn.Module) and all(hasattr(teacher, key) for key in wanted)):
-            raise ValueError(f"it returns no module with {', '.join(wanted)}: see README")
+            raise ValueError(f"{name} returns no module with {', '.join(wanted)}: see README")
     else:
         teacher = load_dinov2_folder(Path(name))
     return teacher.eval().requires_grad_(False)

@@ -911,6 +911,8 @@ def test_alignment_heads_give_features_in_the_scale_of_the_teacher():
         torch.testing.assert_close(teacher.norm(tokens), wanted)
     with pytest.raises(ValueError, match="prenorm"):
         align.AlignmentHeads(4, 96, 8, fold=1).feature_map(z, normed=False)
+    heads.fit_statistics(raw[0][:1], raw[1][:1])         # of one image: finite, and undone too
+    assert all(tokens.isfinite().all() for tokens in heads.standardize(raw[0][:1], raw[1][:1]))
 
 
 def test_align_loss():
@@ -3889,7 +3891,10 @@ def test_curves_and_embeddings_are_drawn(whole, tmp_path):
 def test_the_study_of_starts_begins_with_the_plain_autoencoder_of_the_seed(tmp_path):
     starts = command("demo.study --starts --dry-run --out", tmp_path).stdout
     assert starts.count("sample.py") == 3 * 4
-    assert starts.count(f"--stage align latents --init {tmp_path}/seed1/plain/vae") == 1
+    assert starts.count(f"--init {tmp_path}/seed1/plain/vae --teacher {tmp_path}/teacher") == 1
+    assert starts.count("--steps 2800") == 3
+    shorter = command("demo.study --starts --steps 6 --dry-run --out", tmp_path).stdout
+    assert len(re.findall("align latents .* --steps 12 ", shorter)) == 3     # the last one counts
     done = set()                                         # however many lanes run side by side
     for part in demo.study.Plan("starts").parts():
         assert all((run.seed, "plain") in done for run in part if run.name in demo.study.STARTS)
@@ -3902,14 +3907,15 @@ def test_the_study_of_teachers_compares_like_with_like(tmp_path):
     study, words = demo.study, "demo.study --teachers --data images.zip --dry-run --out"
     jobs = [split([job]) for job in command(words, tmp_path).stdout.splitlines()]
     assert sum("sample.py" in job for job in jobs) == len(study.Plan("teachers").runs()) == 74
-    weight = " ".join(map(str, study.WEIGHTS[study.CHOSEN]))
+    weight = " ".join(map(str, study.WEIGHT))
+    assert study.AUTOENCODERS[study.CHOSEN] == study.outside("lite0", study.WEIGHT)
     arms = [" ".join(job) for job in jobs if "--stage align latents" in " ".join(job)]
-    for name, teacher in ((study.CHOSEN, "lite0"), ("random weights", "lite0_random"),
+    for name, teacher in ((study.CHOSEN, "lite0"), ("outside, untrained", "lite0_random"),
                           ("outside, patches only", "lite0"),
                           ("outside, class token only", "lite0"),
                           ("outside, centred patches only", "lite0_centred")):
         folder = study.folder_of(Path(), 0, name).name
-        assert sum(f"efficientnet:{teacher} --teacher-size 128 {weight} --preset" in arm
+        assert sum(f"efficientnet:{teacher} --teacher-size 128 {weight} --out" in arm
                    for arm in arms if arm.endswith(f"/{folder}")) == 3
     for length in (2400, 9600):
         flags = {re.sub("seed[0-9]/[^ ]*|--seed [0-9]", "", " ".join(job)) for job in jobs
@@ -3925,9 +3931,7 @@ def test_the_study_plans_measures_and_reports(whole, tmp_path):
     once, with the figures of the demo's report; what is missing is not in the tables."""
     study, out, runs = demo.study, tmp_path / "study", {}
     jobs = command("demo.study --steps 6 --num 20 --dry-run --out", out).stdout.splitlines()
-    others = study.AUTOENCODERS.keys() - {"plain", "aligned", *study.STARTS, *study.WEIGHTS,
-                                          *study.OUTSIDE}
-    sets = 2 * 3 * 3 * 2 * 3 + 2 * 3 * 3 + len(others) + 2 * 3
+    sets = 2 * 3 * 3 * 2 * 3 + 2 * 3 * 3 + len(study.CONTROLS) + len(study.ABLATIONS) + 2 * 3
     assert sum("sample.py" in job for job in jobs) == sets == 150
     assert len(jobs) == len(set(jobs)) and not out.exists()
     for name, autoencoder in (("plain", "vae"), ("aligned", "align")):  # those of the demo
@@ -3940,7 +3944,7 @@ def test_the_study_plans_measures_and_reports(whole, tmp_path):
             shutil.copy(whole / name / f"samples{ending}", samples.with_suffix(ending))
     for name in ("judge", "teacher"):
         shutil.copytree(whole / name, out / name)
-    seconds = {study.name_of(study.samples_of(out, run), out): 1.5 for run in runs.values()}
+    seconds = {study.timing_name(study.samples_of(out, run), out): 1.5 for run in runs.values()}
     train.write_json(seconds, out / "timings.json")
 
     plan, file = study.Plan("scenes", 6, 20), out / "results.jsonl"
@@ -3964,6 +3968,7 @@ def test_the_study_plans_measures_and_reports(whole, tmp_path):
         assert 0 <= of_samples["precision"] <= 1 <= of_samples["IS"] <= 10
     study.measure(plan, out)
     assert file.read_text().splitlines() == lines
+    assert "--num 20" in refused("demo.study --steps 6 --num 30 --dry-run --out", out)
     judge = out / "judge/judge.safetensors"
     weights = safetensors.torch.load_file(judge)
     weights["classifier.bias"] += 1
@@ -3994,7 +3999,7 @@ def test_the_tables_of_the_demos_readme_are_those_of_its_results():
         said = said.split("## Why")[0] if "cifar10" in words else said
         said = said.split("## Starts")[1].split("## Cost")[0] if "starts" in words else said
         tables = [line for line in said.splitlines() if line.startswith(("|", "*"))
-                  and ("starts" not in words or "seeds" in line)]
+                  and ("starts" not in words or "(3)" in line)]
         assert len(tables) >= least and set(tables) <= set(readme)
 
 

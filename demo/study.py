@@ -53,7 +53,7 @@ GUIDANCE = {                                             # name: flags of sample
     "guidance 1.25": ["--cfg-scale", 1.25],
     "guidance 1.25 at noise 0 to 0.75": ["--cfg-scale", 1.25, "--cfg-interval", 0, 0.75],
 }
-NONE, GUIDED, INTERVAL, *_ = GUIDANCE
+UNGUIDED, GUIDED, INTERVAL, *_ = GUIDANCE
 SAMPLER = {"sit": ["--steps", 8], "dit": ["--sampler", "ddim", "--steps", 20]}
 
 # Autoencoders, name: stage, its flags, settings that are no flags.
@@ -151,7 +151,7 @@ class Plan(NamedTuple):
             return [self.sampled(names, [seed])          # first what others start from
                     for seed in (0, 1, 2) for names in (MAIN, STARTS)]
         if self.kind == "teachers":
-            main, both = ("plain", CHOSEN, *UNTRAINED, "aligned"), (NONE, GUIDED)
+            main, both = ("plain", CHOSEN, *UNTRAINED, "aligned"), (UNGUIDED, GUIDED)
             return [self.sampled([name for name in OUTSIDE if name != CHOSEN], [0], both),
                     self.sampled(main, (0, 1, 2), both),
                     self.sampled(main, (0, 1, 2), both, 4 * self.steps),
@@ -159,7 +159,7 @@ class Plan(NamedTuple):
         parts = self.main_parts((self.steps // 2, self.steps, 2 * self.steps), (0, 1, 2), SAMPLER)
         return [*parts, self.sampled((*CONTROLS, *ABLATIONS), [0]), self.sampled(REPEATED, (1, 2))]
 
-    def sampled(self, names, seeds, guidances=(NONE,), steps=None):
+    def sampled(self, names, seeds, guidances=(UNGUIDED,), steps=None):
         """SiT on the latents of some autoencoders."""
         return [Run(seed, name, "sit", steps or self.steps, guidance)
                 for seed in seeds for name in names for guidance in guidances]
@@ -173,7 +173,7 @@ class Plan(NamedTuple):
                 for family in families:
                     longest = family == "sit" and steps == 2 * self.steps
                     for name in MAIN:
-                        for guidance in GUIDANCE if longest else (NONE, GUIDED, INTERVAL):
+                        for guidance in GUIDANCE if longest else (UNGUIDED, GUIDED, INTERVAL):
                             parts[-1].append(Run(seed, name, family, steps, guidance))
         return parts
 
@@ -184,7 +184,7 @@ class Plan(NamedTuple):
 
 def study(cfg):
     """All of the plan, part by part."""
-    shared = [*shared_commands(cfg)]                     # the world, then the judge and the teacher
+    shared = shared_commands(cfg)                        # the world, then the judge and the teacher
     # one judge and one teacher for all seeds: their own differences are no question here
     if cfg.plan.kind == "scenes":
         for name, flags in OWN_TEACHERS.items():
@@ -551,7 +551,7 @@ def with_samples(results, steps):
     Where an autoencoder was trained anew, samples of the one before are not its own."""
     found = {}
     for run, record in results.items():
-        samples = results.get((*run, "sit", steps, NONE))
+        samples = results.get((*run, "sit", steps, UNGUIDED))
         if samples and all(samples["weights"].get(key) == record["weights"].get(key)
                            for key in ("judge", "autoencoder")):
             found[run] = {**samples, **record}
@@ -569,9 +569,9 @@ def autoencoder_tables(plan, results):
         # images of one's own have no masks and no depth
         shown = {label: column for label, column in COLUMNS.items()
                  if all(column[0] in record for record in of_all.values())}
-        text += [f"## {title}", "", f"Samples of SiT after {plan.steps} steps, {NONE}. The MLPs "
-                 "that read cosine, masks and depth off the latents learn it afterwards, for all "
-                 "alike.", ""]
+        text += [f"## {title}", "", f"Samples of SiT after {plan.steps} steps, {UNGUIDED}. The "
+                 "MLPs that read cosine, masks and depth off the latents learn it afterwards, for "
+                 "all alike.", ""]
         if title == "Ablations":                         # these have one seed
             of_all = {run: record for run, record in of_all.items() if run[0] == 0}
             text += ["Seed 0:", "", *table(["", *shown], rows_of(of_all, names, shown))]
@@ -601,7 +601,7 @@ def teacher_tables(plan, records):
         if len(by_judge) > 1:
             text += [f"## As judge {number} sees it", ""]
         for steps in (plan.steps, 4 * plan.steps):
-            for guidance in (NONE, GUIDED):
+            for guidance in (UNGUIDED, GUIDED):
                 found = {run[:2]: record for run, record in results.items()
                          if run == REAL or run[2:] == ("sit", steps, guidance)}
                 if len(found) > (REAL in found):
@@ -609,7 +609,7 @@ def teacher_tables(plan, records):
                              *table(["", *SAMPLE_COLUMNS],
                                     rows_of(found, [*names, REAL[1]], SAMPLE_COLUMNS))]
         found = with_samples(results, plan.steps)
-        text += [f"Latents, and SiT on them after {plan.steps} steps, {NONE}:", "",
+        text += [f"Latents, and SiT on them after {plan.steps} steps, {UNGUIDED}:", "",
                  *table(["", *TEACHER_COLUMNS], rows_of(found, names, TEACHER_COLUMNS)),
                  *variance_table(found, names)]
     return text
@@ -693,7 +693,7 @@ def draw_study(plan, out, results):
             title = f"{model_of(run.family)}, {run.guidance}: FD"
             curve = curves.setdefault(title, {}).setdefault(run.name, {})
             curve.setdefault(run.steps, []).append(results[run]["FD"])
-            if (run.seed, run.family, run.guidance) == (0, "sit", NONE):
+            if (run.seed, run.family, run.guidance) == (0, "sit", UNGUIDED):
                 first.append(run)
     # one length is no curve
     panels = {title: {name: [(steps, np.mean(found)) for steps, found in sorted(curve.items())]

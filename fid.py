@@ -634,10 +634,10 @@ class ArrayImages:
     def batches(self, first, last, size, workers):
         """Arrays (n, H, W, 3) uint8 with images first .. last - 1."""
         item = int(np.prod(self.shape[1:])) * self.dtype.itemsize
-        self.file.seek(self.start + first * item)
         for start in range(first, last, size):
             count = min(size, last - start)
             try:
+                self.file.seek(self.start + start * item)
                 data = bytearray(self.file.read(count * item))
             except (OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
                 raise ValueError(f"{self.path} is damaged near image {start} ({error}): "
@@ -715,15 +715,16 @@ def open_images(path):
     raise ValueError(f"{path} is no .npz, .npy, folder or .zip")
 
 
-def read_statistics(path, resize):
-    """{"pool3": (mu, sigma), "spatial": ...} of those that a .npz has; {} of other files.
+def read_statistics(path):
+    """{"pool3": (mu, sigma), "spatial": ...} of those that a .npz has, {} of other files; and how
+    their images were resized, None where the file does not tell.
 
     In the file they are mu and sigma, mu_s and sigma_s, and `resize`, which files of other tools
-    lack. Raises ValueError if they are of no use, or of images that were resized otherwise.
+    lack; those with mu_s are ADM's. Raises ValueError if they are of no use.
     """
-    found = {}
+    found, resize = {}, None
     if Path(path).suffix != ".npz" or not Path(path).is_file():
-        return found
+        return found, resize
     try:
         with np.load(path, allow_pickle=False) as file:
             for part, end, dim in (("pool3", "", 2048), ("spatial", "_s", 2023)):
@@ -737,13 +738,13 @@ def read_statistics(path, resize):
                 if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
                     raise ValueError(f"mu{end} or sigma{end} is not finite")
                 found[part] = mu, sigma
-            made_with = str(file["resize"]) if found and "resize" in file.files else resize
-    except (OSError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+            if "spatial" in found:
+                resize = "tf1"
+            if found and "resize" in file.files:
+                resize = str(file["resize"])
+    except (OSError, TypeError, ValueError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"{path} cannot be read as statistics ({error})") from None
-    if made_with != resize:
-        raise ValueError(f"{path} has statistics of images resized by {made_with}, not {resize}: "
-                         f"want --resize {made_with}")
-    return found
+    return found, resize
 
 
 # --------------------------------------------------------------------------------------------------
@@ -761,10 +762,20 @@ def plan(cfg):
     """
     if (cfg.save_stats is None) == (cfg.reference is None):
         raise ValueError("give SAMPLES and REFERENCE, or one set of images and --save-stats FILE")
+    if cfg.save_stats and (cfg.metrics or cfg.json):
+        raise ValueError("--save-stats compares nothing: give no --metrics and no --json")
+    if cfg.save_stats and cfg.save_stats.suffix != ".npz":
+        raise ValueError(f"--save-stats {cfg.save_stats}: want a name that ends in .npz")
     samples = open_images(cfg.samples)
     reference, statistics, metrics = None, {}, []
     if cfg.reference:
-        statistics = read_statistics(cfg.reference, cfg.resize)
+        statistics, resize = read_statistics(cfg.reference)
+        if resize not in (None, cfg.resize):
+            raise ValueError(f"{cfg.reference} has statistics of images resized by {resize}, not "
+                             f"{cfg.resize}: want --resize {resize}")
+        if statistics and resize is None and rank == 0:
+            print(f"{cfg.reference} does not tell how its images were resized: --resize must be "
+                  "that of the tool that made it\n")
         # statistics may come without images
         if not statistics or "arr_0.npy" in zipfile.ZipFile(cfg.reference).namelist():
             reference = open_images(cfg.reference)
@@ -841,6 +852,7 @@ def run(cfg):
     samples, reference, statistics, metrics = plan(cfg)
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    torch.backends.cuda.matmul.allow_tf32 = False                   # some containers allow it
     if world_size > 1:
         dist.init_process_group("nccl" if cuda else "gloo")
         if cuda:

@@ -41,10 +41,11 @@ from PIL import Image, ImageDraw, ImageFont
 
 import align
 import sit
-from train import (FAMILIES, DataError, ImageFolder, Rows, autocast, barrier, build, checksum,
-                   decode, device, differ, first_on_node, generator, join_processes,
-                   load_autoencoder, loader, progress, rank, read_json, save_picture, say, stop,
-                   stop_at, stop_out_of_memory, to_float, to_uint8, world_size, write_json)
+from train import (FAMILIES, DataError, ImageFolder, Rows, at_once, autocast, barrier, build,
+                   checksum, decode, device, differ, first_on_node, generator, join_processes,
+                   load_autoencoder, loader, rank, read_json, save_picture, say, spread,
+                   state_digest, stop, stop_at, stop_out_of_memory, to_float, to_uint8, world_size,
+                   write_json)
 from vae import LPIPS, atomic_file, load_strict, load_weights, psnr, ssim
 
 # --------------------------------------------------------------------------------------------------
@@ -95,15 +96,14 @@ def sample_all(cfg, source, work):
     """Fill `work` with images, and with latents where it has a place for them."""
     # only batches that are not done: what a killed run has written stays
     batches, start = work.batches(cfg.batch_size), time.perf_counter()
-    title = f"sample {cfg.run or cfg.model}"
-    with progress(work.count // world_size, title, "image", work.done(batches)) as bar:
+    with work.bar(f"sample {cfg.run or cfg.model}", batches) as bar:
         for numbers in batches:
             own, classes = numbers.tolist(), source.model.num_classes
             labels = labels_of(source.labels, own, classes, cfg.seed)           # (n,)
             with autocast(cfg):
                 z = generate(source.module, source.model, own, labels, cfg.seed, **source.options)
             # not under autocast: bfloat16 would add noise to the grey levels
-            x = decode(source.vae, z, cfg.decode_batch_size)              # (n, 3, H, W)
+            x = decode(source.vae, z)                                     # (n, 3, H, W)
             must_be_finite(numbers, z, x, "it diverged, or the weights are damaged: try more "
                            "--steps, less --cfg-scale, or --precision fp32, and another --out")
             found = {"images": to_uint8(x).permute(0, 2, 3, 1)}                 # (n, H, W, 3)
@@ -129,14 +129,14 @@ def must_be_finite(numbers, z, x, remedy):
 def sample_run(cfg):
     """Sample, read the tasks, and let rank 0 write everything under its name, the images last."""
     source = load_source(cfg)
+    heads, task_heads = load_readers(cfg, source) if cfg.tasks else (None, None)
+    readers = [heads, *(getattr(task_heads, name, None) for name in ("segmentation", "depth"))]
     options = {"model": cfg.model or cfg.family, **source.weights, "num": cfg.num,
                "seed": cfg.seed, "classes": source.labels, "precision": cfg.precision,
                **source.options, "latents": cfg.latents, "tasks": sorted(cfg.tasks),
-               "heads": cfg.heads}
+               "heads": [state_digest(net) for net in readers if net]}
     if is_done(cfg, options):
         return
-    if cfg.tasks:
-        heads, task_heads = load_readers(cfg, source)
 
     side, size = source.model.input_size, source.model.input_size * source.vae.factor
     arrays = {"images": ((size, size, 3), np.uint8)}
@@ -232,8 +232,9 @@ def read_all(cfg, options, latents, size, heads, task_heads):
     rows = {name: (x.shape[1:], x.dtype) for name, x in read(z_of(np.arange(1))).items()}
     path, title = beside(cfg.out, "-tasks.npz"), f"read {', '.join(cfg.tasks)}"
     work = Rows(path, (len(latents),), options, **rows)
-    with progress(work.count, title, "image", work.count - len(work.todo)) as bar:
-        for numbers in work.batches(cfg.batch_size):
+    batches = work.batches(cfg.batch_size)
+    with work.bar(title, batches) as bar:
+        for numbers in batches:
             work.put(numbers, **read(z_of(numbers)))
             bar.update(len(numbers))
     work.finish()
@@ -265,20 +266,24 @@ def reconstruct(cfg):
         stop(f"--image-size {size}: want a multiple of {vae.factor}, and at least 16")
     metrics = {name: METRICS[name] for name in cfg.metrics}
     if "lpips" in metrics:
-        metrics["lpips"] = fetched(LPIPS.from_published).to(device)
+        metrics["lpips"] = first_on_node(LPIPS.from_published).to(device)
     data = ImageFolder(cfg.reconstruct, cfg.split, size)
-    count = min(cfg.num or len(data), len(data))
-    options = {"data": cfg.reconstruct, "split": cfg.split, "images": count, "image_size": size,
-               "autoencoder": checksum(cfg.vae), "metrics": cfg.metrics}
+    count = cfg.num or len(data)
+    if count > len(data):
+        stop(f"--num {count}: {cfg.reconstruct} has {len(data)} images in this split")
+    rows = spread(len(data), count)                                 # of all classes
+    options = {"files": data.facts()["files"], "split": cfg.split, "images": count,
+               "image_size": size, "autoencoder": checksum(cfg.vae), "precision": cfg.precision,
+               "metrics": sorted(cfg.metrics)}
     if is_done(cfg, options):
         return
 
     image = (size, size, 3), np.uint8
     figures = {name: ((), np.float64) for name in metrics}
     work = Rows(cfg.out, (count,), options, originals=image, reconstructions=image, **figures)
-    batches, title = work.batches(cfg.batch_size), f"reconstruct {cfg.reconstruct}"
-    keys = [[(number, False) for number in numbers.tolist()] for numbers in batches]
-    with progress(count, title, "image", count - len(work.todo)) as bar:
+    batches = work.batches(min(cfg.batch_size, at_once(size)))
+    keys = [[(row, False) for row in rows[numbers].tolist()] for numbers in batches]
+    with work.bar(f"reconstruct {cfg.reconstruct}", batches) as bar:
         for numbers, (images, _) in zip(batches, loader(data, keys, cfg.workers)):
             x = to_float(images)                                                # (n, 3, H, W)
             z = vae.encode(x).latent_dist.mode()                                # (n, C, h, w)
@@ -307,7 +312,8 @@ def write_reconstructions(cfg, options, work, metrics):
     save_picture(sheet(columns), picture)
     figures = {name: work.arrays[name].mean().item() for name in metrics}
     pack(originals, arr_0=work.path("originals"))
-    write_json({**options, **figures}, cfg.out.with_suffix(".json"))
+    facts = {"data": cfg.reconstruct, **options, **figures}
+    write_json(facts, cfg.out.with_suffix(".json"))
     pack(cfg.out, arr_0=work.path("reconstructions"))               # last: where it is, all is done
     work.remove()
     said = ", ".join(f"{name} {value:.4f}" for name, value in figures.items())
@@ -347,7 +353,8 @@ def load_run(run, family, ckpt=None):
     folder = run / family
     file = ckpt or folder / "ema.safetensors"
     if not file.is_file():
-        stop(f"{file} not found: run train.py --stage {family} --out {run} first")
+        remedy = "see --ckpt" if ckpt else f"run train.py --stage {family} --out {run} first"
+        stop(f"{file} not found: {remedy}")
     settings = read_json(folder / "settings.json")
     module, network = FAMILIES[family]
     model = with_weights(build(network, folder / "config.json"), file)
@@ -358,7 +365,7 @@ def load_run(run, family, ckpt=None):
         stop(f"{vae} is not the autoencoder that {folder} was trained with: put that one back")
     autoencoder = load_autoencoder(vae)
     autoencoder.config.update({k: settings[k] for k in ("latents_mean", "latents_std")})
-    # DiT has one path only, and its settings tell what SiT's flags were
+    # settings.json of stage dit has these flags of SiT's too, where they mean nothing
     names = ("path", "prediction") if family == "sit" else ()
     return SimpleNamespace(
         module=module, model=model, vae=autoencoder, folder=vae,
@@ -403,7 +410,8 @@ def load_published(name, path, vae):
     return SimpleNamespace(
         module=module, model=model.eval(), vae=autoencoder, folder=vae, objective={},
         classes=[str(k) for k in range(model.num_classes)],
-        weights={"transformer": checksum(path), "autoencoder": checksum(vae)})
+        weights={"transformer": checksum(path), "autoencoder": checksum(vae),
+                 "scale": [x.flatten().tolist() for x in autoencoder.statistics(torch.zeros(1))]})
 
 
 def weights_of(path):
@@ -427,14 +435,6 @@ def shape_arguments(weights):
     return dict(in_channels=in_channels, input_size=math.isqrt(tokens) * patch,
                 num_classes=rows - 1,                               # the last row: no label
                 learn_sigma=out == 2 * in_channels * patch ** 2)
-
-
-def fetched(load):
-    """load(), which may fetch a published file; stops with one line where it cannot be had."""
-    try:
-        return first_on_node(load)
-    except (OSError, ValueError) as error:
-        stop(error)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -519,7 +519,7 @@ def add_trained_heads(found, folder):
 
 def add_published_head(found, name):
     """A head for masks or for depth, of DINOv2's authors."""
-    head = fetched(lambda: align.load_head(name))
+    head = first_on_node(lambda: align.load_head(name))
     if isinstance(head, align.ClassificationHead):
         stop(f"--heads {name} tells classes: want heads for masks or depth")
     if isinstance(head, align.DepthHead):
@@ -769,12 +769,20 @@ SAMPLER_FLAGS = {                                                   # name: (typ
     "clip_denoised": (bool, "DiT: hold every x_start in [-1, 1]"),
     "eta": (number, "DiT, ddim: noise, 0 for none to 1 for that of ddpm (default 0)"),
 }
+SAMPLERS_OF = {                                                     # where it is not for all
+    "atol": ["dopri5"],
+    "rtol": ["dopri5"],
+    "eta": ["ddim"],
+    **dict.fromkeys(("diffusion_form", "diffusion_norm", "last_step", "last_step_size"),
+                    sit.SDE_SAMPLERS),
+}
 TASKS = ("segmentation", "depth", "features")
 # group: {name: (type or choices, default, help)}; a list as default: several words
 FLAGS = {
     "samples and reconstructions": {
         "out": (Path, None, "X.npz, X.zip, or a folder X for PNG files; pictures go beside it"),
-        "num": (int, None, "number of images (default: 100 samples, all reconstructions)"),
+        "num": (int, None, "number of images (default: 100 samples, all reconstructions; fewer of "
+                "these are spread over the data)"),
         "vae": (Path, None, "autoencoder: its folder, or one file of its weights"),
         "batch_size": (int, 100, "images at once on a process (default 100)"),
         "precision": (("fp32", "tf32", "bf16", "fp64"), "fp32",
@@ -790,7 +798,6 @@ FLAGS = {
         "classes": (str, ["balanced"], "balanced (default), random, or numbers from 0 or names of "
                     "classes, gone through again and again; name:7 is a class that is called 7"),
         "seed": (int, 0, "of noise and random classes (default 0)"),
-        "decode_batch_size": (int, None, "latents that are decoded at once (default: as is fast)"),
         "latents": (bool, False, "write the latents too, as OUT-latents.npy"),
         "tasks": (TASKS, [], "read these off the generated latents, as arrays and as a picture"),
         "heads": (str, [], "for --tasks: folders of a teacher or of heads, or names of published "
@@ -851,6 +858,9 @@ def checks(cfg):
          "--vae FOLDER"),
         (cfg.model and not (cfg.ckpt and cfg.vae), "--model wants --ckpt FILE and --vae FOLDER"),
         (cfg.run and cfg.vae, "--run has its own autoencoder: give no --vae"),
+        (cfg.model and cfg.family != "sit", "--family is for --run: --model tells its own"),
+        (cfg.heads and not {"segmentation", "depth"} & set(cfg.tasks),
+         "--heads is for --tasks segmentation depth"),
     )
     _, samples, samplers, reconstructions = FLAGS.values()
     kind, foreign = "only", reconstructions
@@ -858,7 +868,7 @@ def checks(cfg):
         kind, foreign = "not", {**samples, **samplers}
     for name, (_, default, _) in foreign.items():
         yield getattr(cfg, name) != default, f"{flag_of(name)} is {kind} for --reconstruct"
-    for name, least in dict(num=1, batch_size=1, decode_batch_size=1, seed=0, workers=0).items():
+    for name, least in dict(num=1, batch_size=1, seed=0, workers=0).items():
         value = getattr(cfg, name)
         small = value is not None and value < least
         yield small, f"{flag_of(name)} {value}: want at least {least}"
@@ -889,6 +899,11 @@ def sampler_options(cfg, source):
             stop(f"{flag} {value}: SiT wants a number")
     options.update(source.objective, **given)
     options["cfg_interval"] = tuple(options["cfg_interval"])
+    for name in given:                                              # what would have no effect
+        if options["sampler"] not in SAMPLERS_OF.get(name, [options["sampler"]]):
+            stop(f"{flag_of(name)} is for --sampler {', '.join(SAMPLERS_OF[name])}")
+        if name in ("cfg_interval", "cfg_channels") and options["cfg_scale"] == 1:
+            stop(f"{flag_of(name)} wants guidance: give --cfg-scale")
     if options.get("last_step") == "none":
         options["last_step"] = None
 

@@ -2239,6 +2239,8 @@ def test_processes_and_files_of_statistics_give_the_same_figures(image_sets, inc
     assert figures["fid"] == pytest.approx(whole["fid"], rel=1e-6)
     assert figures["is"] == pytest.approx(whole["is"])
     assert not {"sfid", "precision"} & figures.keys()
+    assert "does not tell how its images were resized" in command(
+        "fid.py", samples, image_sets / "pytorch-fid.npz", *options).stdout
     figures, table = evaluated(samples, image_sets / "samples.npy", *options, "--references", 7,
                                "--metrics", "fid", "recall", "--resize", "clean-fid")
     assert figures["fid"] == pytest.approx(0, abs=1e-4)  # with fewer images than dimensions
@@ -2454,6 +2456,9 @@ def test_the_evaluator_refuses_what_it_cannot_do(image_sets, inception_weights, 
             ((stats, *weights, "--resize", "clean-fid"), "by tf1, not clean-fid: want --resize"),
             ((only, "--weights", tmp_path / "broken.pth"), "does not fit"),
             ((only, "--weights", tmp_path / "nan.pth"), "image 0 (the first is 0): features"),
+            ((image_sets / "adm.npz", *weights, "--resize", "clean-fid"), "by tf1, not clean-fid"),
+            (("--save-stats", "x.npz", "--json", "x.json", *weights), "compares nothing"),
+            (("--save-stats", tmp_path / "x", *weights), "ends in .npz"),
             ((only, *weights, "--json", tmp_path / "no" / "out.json"), "there is no folder"),
             *(((only, *weights, "--json", path), "is there and no report of fid.py")
               for path in others),
@@ -2675,6 +2680,11 @@ def test_an_autoencoder_that_is_frozen_stays_as_it_is(whole, tmp_path):
     a, b, c, d = (line["align"] for line in lines)
     assert c + d < a + b - 0.1 and "mse" not in lines[0]
     assert figures.keys() == {"step", "held_out_psnr", "held_out_cos_patch", "held_out_cos_cls"}
+    moved = copy_of(whole, tmp_path / "moved", "vae") / "vae"
+    words[words.index(plain)] = moved
+    assert "is done already" in command(*words).stdout
+    scratch = stage(whole, "align", tmp_path, align_hidden=64, steps=40, warmup=0)
+    assert "holds a run with init" in refused(*scratch), "silently from scratch"
 
 
 def test_masks_out_of_a_foreign_autoencoder(whole, tmp_path):
@@ -2793,8 +2803,9 @@ def test_killed_encoding_goes_on_where_it_stopped(whole, tmp_path):
     """The latents are those of an uninterrupted run, of any number of processes; what was written
     is kept."""
     through, stopped = tmp_path / "a/latents", tmp_path / "b/latents"
-    command(*stage(whole, "latents", tmp_path / "a", batch_size=1), processes=2)
-    words = stage(whole, "latents", tmp_path / "b", batch_size=1)
+    words = stage(whole, "latents", tmp_path / "a", batch_size=4)
+    command(*words, processes=2)                                    # 113 and 112 batches
+    words = stage(whole, "latents", tmp_path / "b", batch_size=4)
     row = kill_at_work(words, stopped / "moments.npy", "moments", 100)
     command(*words)
     a, b = (np.load(folder / "moments.npy") for folder in (through, stopped))
@@ -2842,6 +2853,33 @@ def test_statistics_keep_their_digits_where_a_mean_is_large():
     np.testing.assert_allclose(mean, means.mean((0, 1, 3, 4)), rtol=1e-12)
     np.testing.assert_allclose(std, np.sqrt(variance), rtol=1e-9)
     assert std[0] == pytest.approx(0.5, abs=0.01)                   # sqrt(0.3^2 + 0.4^2)
+
+
+def test_the_gan_goes_through_no_compiled_part_twice(whole, tmp_path):
+    """Its weight wants a gradient of its own, which torch.compile refuses where the first steps
+    wanted one only."""
+    passes = []
+
+    class Noted(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.view_as(x)
+
+        @staticmethod
+        def backward(ctx, gradient):
+            passes.append(gradient.shape)
+            return gradient
+
+    def noted(function, **options):
+        return lambda *inputs: Noted.apply(function(*inputs))
+
+    def noted_network(net):
+        net._compiled_call_impl = noted(net._call_impl)
+
+    with (mock.patch.object(torch, "compile", noted),
+          mock.patch.object(nn.Module, "compile", noted_network)):
+        command(*stage(whole, "vae", tmp_path, f"--compile {GAN}", steps=3, log_every=1))
+    assert "d_weight" in log_of(tmp_path / "vae")[2] and len(passes) == 3 * 2
 
 
 def test_options_of_the_optimiser_do_what_they_say(whole, tmp_path):
@@ -2927,9 +2965,10 @@ def test_a_stopped_stage_ends_like_one_that_ran_through(whole, tmp_path):
     assert set(checkpoint_of(through / "sit")) == {
         "step", "log", "processes", "net", "ema", "opt"}
     words = stage(whole, "sit", stopped, **flags)
-    folder.mkdir(parents=True)                               # killed before it saved, within a line
+    folder.mkdir(parents=True)                      # killed while it saved first, and within a line
+    (folder / ".checkpoint.pt.1.tmp").write_bytes(b"PK")
     (folder / "log.jsonl").write_text('{"step": 5, "loss": 1}\n{"step": 1')
-    for kind, lines, workers in ((signal.SIGKILL, 5, 1), ("saving", 9, 0), (signal.SIGTERM, 13, 0),
+    for kind, lines, workers in ((signal.SIGKILL, 5, 1), ("saving", 9, 0), (signal.SIGTERM, 13, 1),
                                  (signal.SIGINT, 16, 1)):
         child = start(*words, "--workers", workers, start_new_session=True)
         until_it_has_logged(child, folder / "log.jsonl", lines)     # past a checkpoint
@@ -2939,8 +2978,8 @@ def test_a_stopped_stage_ends_like_one_that_ran_through(whole, tmp_path):
             kind = signal.SIGKILL
             while not list(folder.glob(".checkpoint.pt.*")):
                 assert child.poll() is None, "it was not seen saving"
-        if kind == signal.SIGINT:
-            os.killpg(child.pid, kind)                              # as a terminal does
+        if kind in (signal.SIGINT, signal.SIGTERM):                 # as a terminal does, or SLURM
+            os.killpg(child.pid, kind)
         else:
             child.send_signal(kind)
         _, errors = child.communicate()
@@ -3334,6 +3373,25 @@ def test_torchrun_starts_again_what_one_process_lost(whole, tmp_path):
         same_end(through, stopped)
 
 
+def test_machines_that_see_different_folders_do_not_begin(whole, tmp_path):
+    """One finds a checkpoint, the other none: their optimisers would not be the same."""
+    words = stage(whole, "sit", tmp_path / "0", steps=6, log_every=2, save_every=2)
+    command(*words)
+    shutil.copytree(tmp_path / "0", tmp_path / "1")
+    for name in ("0", "1"):
+        (tmp_path / name / "sit/ema.safetensors").unlink()
+    (tmp_path / "1/sit/checkpoint.pt").unlink()
+    script = tmp_path / "apart.py"
+    script.write_text("import os, sys, train\n"
+                      "own = f'{os.environ[\"OUT\"]}/{os.environ[\"RANK\"]}'\n"
+                      "train.main([*sys.argv[1:], '--out', own])\n")
+    with both_cores():
+        child = start(script, *words[1:], launch=torchrun(2),
+                      env={"PYTHONPATH": str(HERE), "OUT": str(tmp_path)})
+        _, errors = child.communicate(timeout=200)
+    assert child.returncode and "step 4 for one process and 6 for another" in errors
+
+
 @pytest.mark.parametrize("words, says", [
     ("--image-size 16 --disc-weight 0.5", "wants at least 24 pixels"),
     ("--channels 8 8000000", "out of memory"), ("--batch-size 1000000000", "at most 1,048,576"),
@@ -3397,7 +3455,7 @@ def test_a_sample_does_not_depend_on_its_batch(diffused, tmp_path, options):
         for size in (12, 5, 1):
             path = tmp_path / f"{precision}-{size}.npz"
             command("sample.py --run", diffused, options, "--num 12 --precision", precision,
-                    f"--batch-size {size} --decode-batch-size {size} --out", path)
+                    f"--batch-size {size} --out", path)
             images.append(images_of(path))
             assert np.load(path)["arr_1"].tolist() == labels
             assert np.abs(images[-1] - images[0]).max() <= most
@@ -3440,6 +3498,28 @@ def test_killed_sampling_goes_on_where_it_stopped(diffused, tmp_path):
     a, b = ((tmp_path / f"{name}-latents.npy").read_bytes() for name in "ab")
     assert a == b and (tmp_path / "a.png").stat().st_size > 1000 and not list(tmp_path.glob(".*"))
     assert "num_steps = 60, not 50" in refused(*words, "--steps 50")
+
+
+def test_samples_with_other_weights_beside_do_not_count_as_done(whole, published, tmp_path):
+    """Heads that were trained again into the same folder, an autoencoder with another scale."""
+    heads = shutil.copytree(whole / "teacher", tmp_path / "heads")
+    words = ["sample.py --num 2 --steps 2 --tasks segmentation --heads", heads, "--run",
+             whole / "aligned", "--out", tmp_path / "a.npz"]
+    command(*words)
+    shutil.copytree(heads, tmp_path / "moved")
+    words[1] = tmp_path / "moved"
+    assert "is done already" in command(*words).stdout
+    path = tmp_path / "moved/segmentation_head.safetensors"
+    weights = safetensors.torch.load_file(path)
+    safetensors.torch.save_file({name: 2 * x for name, x in weights.items()}, path)
+    assert "has heads = " in refused(*words)
+    scaled = shutil.copytree(published[0] / "vae", tmp_path / "vae")
+    words = ["sample.py --num 2 --steps 2 --model SiT-Ti/2 --ckpt", published[0] / "sit.pt",
+             "--vae", scaled, "--out", tmp_path / "b.npz"]
+    command(*words)
+    train.write_json({**train.read_json(scaled / "config.json"), "scaling_factor": 0.18},
+                     scaled / "config.json")
+    assert "has scale = " in refused(*words)
 
 
 def test_png_files_and_zip_hold_the_images_of_the_npz(diffused, tmp_path):
@@ -3495,7 +3575,7 @@ def test_reconstructions_are_measured_and_written(whole, tmp_path, lpips_cache, 
         results.append((*images, train.read_json(tmp_path / f"{k}.json")))
     (originals, rec, figures), other = results
     held_out = train.ImageFolder(whole / "scenes.zip", "test", 32)
-    (expected, _), = train.in_order(held_out, 21, range(21))
+    (expected, _), = train.in_order(held_out, 21, train.spread(len(held_out), 21))
     assert np.array_equal(originals, expected.permute(0, 2, 3, 1))
     assert np.array_equal(originals, other[0]) and np.abs(rec - other[1]).max() <= 1
     x, y = (train.to_float(torch.from_numpy(v).permute(0, 3, 1, 2)) for v in (originals, rec))
@@ -3508,6 +3588,9 @@ def test_reconstructions_are_measured_and_written(whole, tmp_path, lpips_cache, 
     words.append(tmp_path / "1.npz")
     assert "is done already" in command(*words, **lpips_cache).stdout
     assert "images = 21, not 20" in refused(*words, "--num 20", **lpips_cache)
+    assert "precision = fp32, not tf32" in refused(*words, "--precision tf32", **lpips_cache)
+    assert "90 images in this split" in refused(*words, "--num 91", **lpips_cache)
+    command(*words, "--metrics ssim psnr lpips", **lpips_cache)     # the same in any order
     found, _ = evaluated(tmp_path / "1.npz", tmp_path / "1-originals.npz", "--weights",
                          inception_weights, "--metrics", "fid")
     assert found["num_samples"] == 21 and found["fid"] > 0
@@ -3599,9 +3682,17 @@ def test_a_run_whose_files_have_changed_is_not_sampled(whole, tmp_path):
     ("FILES --out x.jpg", "ends in .npz or .zip"),
     ("FILES --steps ddim5", "steps ddim5: SiT wants a number"),
     ("FILES --steps X", "--steps: X: want 50"), ("FILES --eta 1", "--eta is no option of sit.py"),
-    ("FILES --cfg-interval 0.9 0.1", "cfg_interval"),
-    ("FILES --cfg-channels 5", "cfg_channels 5"), ("FILES --cfg-scale nan", "nan: want a number"),
+    ("FILES --cfg-scale 2 --cfg-interval 0.9 0.1", "cfg_interval"),
+    ("FILES --cfg-interval 0 0.5", "--cfg-interval wants guidance"),
+    ("FILES --cfg-channels 3", "--cfg-channels wants guidance"),
+    ("FILES --cfg-scale 2 --cfg-channels 5", "cfg_channels 5"),
+    ("FILES --cfg-scale nan", "nan: want a number"),
     ("FILES --sampler dopri5 --atol 0 --rtol 0", "one of them more"),
+    ("FILES --atol 1e-4", "--atol is for --sampler dopri5"),
+    ("FILES --last-step mean", "--last-step is for --sampler sde-euler, sde-heun"),
+    ("RUN --family dit --eta 0.5", "--eta is for --sampler ddim"),
+    ("RUN --heads x", "--heads is for --tasks"), ("FILES --family dit", "--family is for --run"),
+    ("RUN --ckpt x.pt", "x.pt not found: see --ckpt"),
     ("FILES --sampler sde-euler --diffusion-form x", "diffusion_form 'x'"),
     ("FILES --sampler sde-euler --diffusion-norm -1", "diffusion_norm -1"),
     ("--model SiT-Ti/2", "--ckpt FILE"), ("--run nowhere", "--stage sit"),

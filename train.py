@@ -274,9 +274,9 @@ def train_autoencoder(cfg):
         return
     move_networks(cfg, nets, train_set)
     net, discriminator = nets.autoencoder, nets.discriminator
-    learned = [p for p in net.parameters() if p.requires_grad]
     # beta_2 is a choice of this project; the discriminator's pair is that of VQGAN's training
-    opt = torch.optim.AdamW(learned, cfg.lr, (0.9, 0.99), weight_decay=cfg.weight_decay, fused=True)
+    opt = torch.optim.AdamW(net.parameters(), cfg.lr, (0.9, 0.99), weight_decay=cfg.weight_decay,
+                            fused=True)
     kept, optimizers = dict(net=net, opt=opt), [opt]                # what a checkpoint holds
     if discriminator:
         d_opt = torch.optim.AdamW(discriminator.parameters(), cfg.lr, (0.5, 0.9), weight_decay=0.0,
@@ -285,7 +285,8 @@ def train_autoencoder(cfg):
         optimizers.append(d_opt)
     log = Log(cfg, folder)
     start = load_checkpoint(folder, kept, log)
-    compile_networks(cfg, net.vae.encoder, net.vae.decoder)         # the halves: no loss is in them
+    if cfg.compile:
+        compile_autoencoder(net.vae)
     model, d_model = parallel(net), parallel(discriminator)
     if discriminator:
         discriminator.requires_grad_(False)                         # until its own turn in a step
@@ -297,32 +298,29 @@ def train_autoencoder(cfg):
     for step in bar:
         log.start_clock()
         lr = set_learning_rate(cfg, step, *optimizers)
-        images, _ = next(batches)
-        x = to_float(images)                                      # (b, 3, H, W), this process' rows
+        x = to_float(next(batches)[0])                            # (b, 3, H, W), this process' rows
         rng = generator(cfg.seed, TRAINING, step, device=device)
         noise = own_rows(torch.randn(shape, generator=rng, device=device))  # (b, C, h, w)
 
         opt.zero_grad()
         reconstructions = []
-        for rows, sync in parts_of_batch(cfg, model):
-            with sync:
-                with autocast(cfg):
-                    loss, terms, rec = reconstruct_and_align(
-                        cfg, nets, model, x[rows], noise[rows], step)
-                (loss / cfg.accumulate).backward()
+        for rows in parts_of_batch(cfg, model):
+            with autocast(cfg):
+                loss, terms, rec = reconstruct_and_align(
+                    cfg, nets, model, x[rows], noise[rows], step)
+            (loss / cfg.accumulate).backward()
             reconstructions.append(rec)
             log.add(**terms)
-        log.add(gradient=clip_gradient(learned, cfg.clip))
+        log.add(gradient=clip_gradient(net.parameters(), cfg.clip))
         opt.step()
 
         if "gan" in terms:                                          # from --disc-start on
             discriminator.requires_grad_(True)
             d_opt.zero_grad()
-            for (rows, sync), rec in zip(parts_of_batch(cfg, d_model), reconstructions):
-                with sync:
-                    with autocast(cfg):
-                        d_loss = vae.hinge_d_loss(d_model(x[rows]), d_model(rec.detach()))
-                    (d_loss / cfg.accumulate).backward()
+            for rows, rec in zip(parts_of_batch(cfg, d_model), reconstructions):
+                with autocast(cfg):
+                    d_loss = vae.hinge_d_loss(d_model(x[rows]), d_model(rec.detach()))
+                (d_loss / cfg.accumulate).backward()
                 log.add(discriminator=d_loss)
             log.add(discriminator_gradient=clip_gradient(discriminator.parameters(), cfg.clip))
             d_opt.step()
@@ -330,23 +328,17 @@ def train_autoencoder(cfg):
 
         stopping = asked_to_stop()                                  # a signal's number, or 0
         if due(step, cfg.log_every, cfg):
-            means = log.write(step + 1, lr)                         # stops where one is not finite
-            bar.set_postfix(means)
+            bar.set_postfix(log.write(step + 1, lr))                # stops where one is not finite
         if due(step, cfg.save_every, cfg):
             log.line(step + 1, held_out_figures(cfg, nets, held_out))
         if due(step, cfg.sample_every, cfg):
-            picture = folder / "samples" / f"step-{step + 1:07}.png"
-            draw_reconstructions(net.vae, held_out, picture)
+            draw_reconstructions(net.vae, held_out, picture_of(folder, step + 1))
         if due(step, cfg.save_every, cfg) or stopping:
             save_checkpoint(folder, step + 1, kept, log)
         if stopping:
             sys.exit(128 + stopping)
 
-    net.eval()
-    if not cfg.freeze:
-        keep_statistics(net.vae, train_set)
-    if rank == 0:
-        save_autoencoder(net, folder)
+    save_autoencoder(cfg, net.eval(), train_set, folder)
     finish(folder)
 
 
@@ -459,10 +451,7 @@ def move_networks(cfg, nets, train_set):
     nets.autoencoder.to(device).train()
     nets.autoencoder.vae.train(not cfg.freeze)
     if cfg.perceptual_weight and not cfg.freeze:
-        try:
-            nets.lpips = first_on_node(vae.LPIPS.from_published).to(device)
-        except (OSError, ValueError) as error:
-            stop(error)
+        nets.lpips = first_on_node(vae.LPIPS.from_published).to(device)
     if nets.discriminator:
         nets.discriminator.to(device).train()
     if nets.teacher:
@@ -503,8 +492,12 @@ def draw_reconstructions(autoencoder, held_out, path):
     save_picture(tile(torch.cat(pairs).flatten(0, 1), per_row=8), path)
 
 
-def save_autoencoder(net, folder):
+def save_autoencoder(cfg, net, train_set, folder):
     """The MLPs, if there are any, then the autoencoder: where that is, all is done."""
+    if not cfg.freeze:
+        keep_statistics(net.vae, train_set)
+    if rank > 0:
+        return
     if net.heads:
         write_json(net.heads.config, folder / "heads.json")
         save_safetensors(net.heads.state_dict(), folder / "heads.safetensors")
@@ -535,9 +528,9 @@ def encode_latents(cfg):
     labels.npy (images,), meta.json the mean and deviation of every channel of z, by which stages
     sit and dit and sample.py normalise."""
     source = find_autoencoder(cfg)
-    autoencoder = load_autoencoder(source).to(device)
+    digest, autoencoder = checksum(source), load_autoencoder(source).to(device)
     train_set, _ = open_data(cfg)
-    folder = begin(cfg, train_set.facts(), autoencoder, vae=checksum(source))
+    folder = begin(cfg, train_set.facts(), autoencoder, vae=digest)
     if folder is None:
         return
     flips = 2 if cfg.flip else 1
@@ -549,8 +542,7 @@ def encode_latents(cfg):
     keys = [[(row % len(train_set), row >= len(train_set)) for row in rows.tolist()]
             for rows in batches]
     note_signals()
-    total = work.count // world_size
-    with progress(total, f"latents {cfg.out}", "image", work.done(batches)) as bar:
+    with work.bar(f"latents {cfg.out}", batches) as bar:
         for rows, (images, _) in zip(batches, loader(train_set, keys, cfg.workers)):
             posterior = autoencoder.encode(to_float(images)).latent_dist
             moments = torch.cat([posterior.mean, posterior.std], dim=1).half()  # (n, 2C, h, w)
@@ -561,9 +553,9 @@ def encode_latents(cfg):
             crc = np.array([zlib.crc32(row.tobytes()) for row in moments], np.uint32)
             work.put(rows, moments=moments, crc=crc)
             bar.update(len(rows))
-            if stopping := asked_to_stop():
-                work.finish()
-                sys.exit(128 + stopping)
+            if signals:                     # each for itself: not all have as many batches
+                work.flush()
+                sys.exit(128 + max(signals))
     work.finish()
     mean, std = statistics(work.arrays["moments"], cfg.latent_scale)
     if rank == 0:
@@ -571,7 +563,7 @@ def encode_latents(cfg):
         os.replace(work.path("crc"), folder / "crc.npy")
         with atomic_file(folder / "labels.npy") as file:
             np.save(file, train_set.labels.numpy())
-        write_json(dict(autoencoder=checksum(source), classes=list(train_set.classes),
+        write_json(dict(autoencoder=digest, classes=list(train_set.classes),
                         mean=mean, std=std), folder / "meta.json")
         work.remove()
     finish(folder)
@@ -657,17 +649,10 @@ class Latents:
 
 def train_diffusion(cfg):
     """Stages sit and dit."""
-    module, source = FAMILIES[cfg.stage][0], find_autoencoder(cfg)
-    latents = Latents(cfg.latents or Path(cfg.out) / "latents")
-    if latents.autoencoder != checksum(source):
-        stop(f"{latents.folder} was encoded by another autoencoder than {source}: run stage "
-             "latents with another --out")
-    autoencoder = load_autoencoder(source).to(device)
-    latents.flip = latents.flip and cfg.flip
-    cfg = dataclasses.replace(cfg, flip=latents.flip,               # as they are, to be noted
-                              image_size=latents.moments.shape[-1] * autoencoder.factor)
+    cfg, latents, autoencoder = open_latents(cfg)
+    module, _ = FAMILIES[cfg.stage]
     net, config = new_transformer(cfg, latents)
-    folder = begin(cfg, latents.facts(), net, vae=str(source), autoencoder=latents.autoencoder)
+    folder = begin(cfg, latents.facts(), net, autoencoder=latents.autoencoder)
     if folder is None:
         return
     if rank == 0:
@@ -678,12 +663,11 @@ def train_diffusion(cfg):
     kept = dict(net=net, ema=ema, opt=opt)                          # what a checkpoint holds
     log = Log(cfg, folder)
     start = load_checkpoint(folder, kept, log)
-    compile_networks(cfg, net)
+    if cfg.compile:
+        net.compile()
     model = parallel(net)
     batches = load_batches(latents, cfg, start)
-    dtype = torch.get_default_dtype()
-    channel_mean = torch.tensor(latents.mean, dtype=dtype, device=device).view(1, -1, 1, 1)
-    channel_std = torch.tensor(latents.std, dtype=dtype, device=device).view(1, -1, 1, 1)
+    channel_mean, channel_std = autoencoder.statistics(torch.zeros((), device=device))
     shape = (cfg.batch_size, net.in_channels, net.input_size, net.input_size)
     note_signals()
     bar = steps_left(cfg, start)
@@ -696,34 +680,30 @@ def train_diffusion(cfg):
         rng = generator(cfg.seed, TRAINING, step, device=device)
         noise = own_rows(torch.randn(shape, generator=rng, device=device))
         eps = own_rows(torch.randn(shape, generator=rng, device=device))
-        drop = own_rows(torch.rand(cfg.batch_size, generator=rng, device=device))
-        drop = drop < cfg.label_dropout                             # (b,)
+        u = own_rows(torch.rand(cfg.batch_size, generator=rng, device=device))
+        drop = u < cfg.label_dropout                                # (b,)
         t = own_rows(draw_times(cfg, rng))                          # (b,)
         z = mean + std * noise                                      # a fresh sample of q(z | image)
         x = (z - channel_mean) / channel_std
 
         opt.zero_grad()
-        for rows, sync in parts_of_batch(cfg, model):
-            with sync:
-                with autocast(cfg):
-                    loss = module.training_loss(
-                        model, x[rows], y[rows], t=t[rows], eps=eps[rows], drop=drop[rows],
-                        **objective(cfg)).mean()
-                (loss / cfg.accumulate).backward()
+        for rows in parts_of_batch(cfg, model):
+            with autocast(cfg):
+                loss = module.training_loss(model, x[rows], y[rows], t=t[rows], eps=eps[rows],
+                                            drop=drop[rows], **objective(cfg)).mean()
+            (loss / cfg.accumulate).backward()
             log.add(loss=loss)
         log.add(gradient=clip_gradient(net.parameters(), cfg.clip))
         opt.step()
         update_average(ema, net, cfg.ema)
-        if step + 1 in cfg.snapshots and rank == 0:
-            save_safetensors(ema.state_dict(), snapshot_of(folder, step + 1))
 
         stopping = asked_to_stop()                                  # a signal's number, or 0
         if due(step, cfg.log_every, cfg):
-            means = log.write(step + 1, lr)                         # stops where one is not finite
-            bar.set_postfix(means)
+            bar.set_postfix(log.write(step + 1, lr))                # stops where one is not finite
         if due(step, cfg.sample_every, cfg):
-            picture = folder / "samples" / f"step-{step + 1:07}.png"
-            draw_samples(cfg, ema, autoencoder, latents, picture)
+            draw_samples(cfg, ema, autoencoder, picture_of(folder, step + 1))
+        if step + 1 in cfg.snapshots and rank == 0:
+            save_safetensors(ema.state_dict(), snapshot_of(folder, step + 1))
         if due(step, cfg.save_every, cfg) or stopping:
             save_checkpoint(folder, step + 1, kept, log)
         if stopping:
@@ -734,9 +714,29 @@ def train_diffusion(cfg):
     finish(folder)
 
 
+def open_latents(cfg):
+    """cfg with what is noted of the latents, the latents, and the autoencoder that they are of,
+    which normalises by their statistics. Stops where they do not belong together."""
+    source, latents = find_autoencoder(cfg), Latents(cfg.latents or Path(cfg.out) / "latents")
+    if latents.autoencoder != checksum(source):
+        stop(f"{latents.folder} was encoded by another autoencoder than {source}: run stage "
+             "latents with another --out")
+    autoencoder = load_autoencoder(source).to(device)
+    autoencoder.config.update(latents_mean=latents.mean, latents_std=latents.std)
+    latents.flip = latents.flip and cfg.flip
+    side = latents.moments.shape[-1] * autoencoder.factor
+    cfg = dataclasses.replace(cfg, vae=str(source), flip=latents.flip, image_size=side)
+    return cfg, latents, autoencoder
+
+
 def snapshot_of(folder, step):
     """The file of the averaged weights that a stage had at a step."""
     return folder / f"ema-{step:07}.safetensors"
+
+
+def picture_of(folder, step):
+    """The picture that a stage draws after a step."""
+    return folder / "samples" / f"step-{step:07}.png"
 
 
 def new_transformer(cfg, latents):
@@ -780,19 +780,18 @@ def update_average(ema, net, decay):
 
 
 @torch.no_grad()
-def draw_samples(cfg, ema, autoencoder, latents, path):
+def draw_samples(cfg, ema, autoencoder, path):
     """Eight samples of each of up to ten classes, a row a class, by the average of the weights,
     without guidance."""
     if rank > 0:
         return
-    y = torch.arange(min(len(latents.classes), 10), device=device).repeat_interleave(8)
+    y = torch.arange(min(ema.num_classes, 10), device=device).repeat_interleave(8)
     shape = (len(y), ema.in_channels, ema.input_size, ema.input_size)
     eps = torch.randn(shape, generator=generator(cfg.seed, PREVIEW)).to(device)
     if cfg.stage == "sit":
         x = sit.sample(ema, eps, y, "heun", 10, path=cfg.path, prediction=cfg.prediction)
     else:
         x = dit.sample(ema, eps, y, "ddim", 50)
-    autoencoder.config.update(latents_mean=latents.mean, latents_std=latents.std)
     save_picture(tile(to_uint8(decode(autoencoder, x)).cpu(), per_row=8), path)
 
 
@@ -833,13 +832,13 @@ def autocast(cfg):
 
 
 def parts_of_batch(cfg, model):
-    """Rows of each of the --accumulate parts of this process' batch, and a context: only with the
-    last part DDP averages the gradients over the processes."""
+    """Rows of each of the --accumulate parts of this process' batch. Only with the last part DDP
+    averages the gradients over the processes."""
     size = cfg.batch_size // world_size // cfg.accumulate
     for i in range(cfg.accumulate):
         alone = isinstance(model, DDP) and i < cfg.accumulate - 1
-        context = model.no_sync() if alone else contextlib.nullcontext()
-        yield slice(i * size, (i + 1) * size), context
+        with model.no_sync() if alone else contextlib.nullcontext():    # until the next is wanted
+            yield slice(i * size, (i + 1) * size)
 
 
 def clip_gradient(parameters, limit):
@@ -852,10 +851,11 @@ def parallel(net):
     return DDP(net) if net is not None and world_size > 1 else net
 
 
-def compile_networks(cfg, *networks):
-    """With --compile, these networks in place."""
-    for network in networks if cfg.compile else ():
-        network.compile()
+def compile_autoencoder(autoencoder):
+    """In place; no loss is in it. Nor the decoder's last layer, where the gradient ends that weighs
+    the GAN: a backward pass that was compiled to be gone through once a step refuses a second."""
+    autoencoder.encoder.compile()
+    autoencoder.decoder.features = torch.compile(autoencoder.decoder.features)
 
 
 def due(step, every, cfg):
@@ -869,6 +869,8 @@ def steps_left(cfg, start):
                     unit="step", leave=False, disable=rank > 0, position=BAR, mininterval=INTERVAL)]
     return bars[0]
 
+
+RSS_UNIT = 1 if sys.platform == "darwin" else 1024                  # bytes, of ru_maxrss
 
 
 class Log:
@@ -890,9 +892,10 @@ class Log:
 
     def add(self, **scalars):
         for name, value in scalars.items():
-            value = torch.as_tensor(value, dtype=torch.float32, device=device).detach()
+            if not torch.is_tensor(value):
+                value = torch.full((), value, device=device)        # as_tensor would wait for a GPU
             total, count = self.sums.get(name, (0.0, 0))
-            self.sums[name] = total + value, count + 1
+            self.sums[name] = total + value.detach().double(), count + 1
 
     def totals(self):
         """{name: (sum, count)} over all processes, as numbers. Stops where one is not finite."""
@@ -919,7 +922,7 @@ class Log:
         means = {name: float(f"{total / count:.6g}") for name, (total, count) in totals.items()}
         seconds = time.perf_counter() - self.clock
         memory = (torch.cuda.max_memory_allocated(device) if device.type == "cuda"
-                  else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+                  else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * RSS_UNIT)
         speed = dict(images_per_second=self.steps * self.batch_size / seconds,
                      peak_memory_gib=memory / 2 ** 30)
         self.line(step, {**means, "lr": lr, **speed})
@@ -937,7 +940,7 @@ class Log:
         if rank > 0:
             return
         share = world_size / processes                              # a step counts once a process
-        self.sums = {name: (torch.tensor(total * share, device=device), count * share)
+        self.sums = {name: (total * share, count * share)
                      for name, (total, count) in totals.items()}
         text = self.path.read_text(errors="replace") if self.path.is_file() else ""
         lines = text.splitlines(keepends=True)
@@ -980,7 +983,11 @@ def save_checkpoint(folder, step, kept, log):
 
 def load_checkpoint(folder, kept, log):
     """Fill `kept` from checkpoint.pt, or from the one before where that is damaged; returns the
-    steps done."""
+    steps done. Stops where other processes find other ones."""
+    if rank == 0:
+        for leftover in folder.glob(".*.tmp"):                      # of a save that was killed
+            leftover.unlink()
+    state = {"step": 0, "log": {}, "processes": world_size}         # killed before it saved
     paths = [path for path in (folder / "checkpoint.pt", folder / "previous.pt") if path.is_file()]
     for path in paths:
         try:
@@ -997,14 +1004,15 @@ def load_checkpoint(folder, kept, log):
     else:
         if paths:
             stop(f"{folder} has no checkpoint that can be read: move {folder} away to begin anew")
-        log.go_on(0, {}, world_size)                                # killed before it saved
-        return 0
-    for name, part in kept.items():
+    for name, part in kept.items() if paths else ():
         part.load_state_dict(state[name])
     log.go_on(state["step"], state["log"], state["processes"])
-    if rank == 0:
-        for leftover in folder.glob(".*.tmp"):                      # of a save that was killed
-            leftover.unlink()
+    least_most = torch.tensor([-state["step"], state["step"]])
+    if world_size > 1:
+        dist.all_reduce(least_most, dist.ReduceOp.MAX, group=cpu_group)
+    if least_most.sum():
+        stop(f"{folder} has step {-least_most[0]} for one process and {least_most[1]} for another: "
+             "want one folder that all machines see")
     return state["step"]
 
 
@@ -1145,8 +1153,6 @@ def by_class_folder(images, prefix, name):
 
 def open_data(cfg):
     """Training images and held-out ones, and a line that says what they are."""
-    if not cfg.data:
-        stop("--data: want a folder or .zip of images")
     if Path(cfg.out).resolve().is_relative_to(Path(cfg.data).resolve()):
         stop(f"--out {cfg.out} lies inside --data {cfg.data}: its pictures would be trained on; "
              "choose another --out")
@@ -1161,8 +1167,11 @@ def open_data(cfg):
 
 def loader(data, keys, workers):
     """Batches of a data set, one for each list of keys [(index, flipped), ...]."""
+    # Python 3.14 would begin workers from nothing, each with a copy of all latents
+    context = "fork" if workers and sys.platform == "linux" else None
     return iter(DataLoader(data, batch_sampler=keys, num_workers=workers, collate_fn=as_it_is,
-                           worker_init_fn=ignore_interrupts, pin_memory=device.type == "cuda"))
+                           worker_init_fn=ignore_signals, pin_memory=device.type == "cuda",
+                           multiprocessing_context=context))
 
 
 def as_it_is(batch):
@@ -1170,9 +1179,11 @@ def as_it_is(batch):
     return batch
 
 
-def ignore_interrupts(worker):
-    """Ctrl-C comes to the loader's processes too; it is for the one that they work for."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def ignore_signals(worker):
+    """Ctrl-C and SIGTERM may come to the loader's processes too; they are for the one that these
+    work for."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def load_batches(data, cfg, start):
@@ -1221,13 +1232,16 @@ def to_uint8(x):
 
 
 @torch.no_grad()
-def decode(autoencoder, x, batch_size=None):
-    """Images (N, 3, H, W) in about [-1, 1] of normalised latents x (N, C, h, w), a few at once: as
-    many as have 2^16 pixels, which was fastest on a CPU, or on a GPU 2^20."""
-    pixels = 2 ** 20 if x.is_cuda else 2 ** 16
-    batch_size = batch_size or max(1, pixels // (x.shape[-1] * autoencoder.factor) ** 2)
+def decode(autoencoder, x):
+    """Images (N, 3, H, W) in about [-1, 1] of normalised latents x (N, C, h, w), a few at once."""
     return torch.cat([autoencoder.decode(autoencoder.denormalize(part)).sample
-                      for part in x.split(batch_size)])
+                      for part in x.split(at_once(x.shape[-1] * autoencoder.factor))])
+
+
+def at_once(side):
+    """How many images of so many pixels a side go through an autoencoder at once: as many as have
+    2^16 pixels, which was fastest on a CPU, or on a GPU 2^20."""
+    return max(1, (2 ** 20 if device.type == "cuda" else 2 ** 16) // side ** 2)
 
 
 def tile(images, per_row, gap=2):
@@ -1270,8 +1284,9 @@ def begin(cfg, data, net, **facts):
                 if field.metadata["group"] in GROUPS[cfg.stage]}
     settings.update(stage=cfg.stage, precision=cfg.precision, **data, **facts)
     settings = json.loads(json.dumps(settings))                     # as they are read back
-    # their sha256 counts
-    moved = {"latents", "init", *({"vae"} if "autoencoder" in facts else ()),
+    # moved elsewhere, they are the same: their sha256 or statistics count
+    moved = {"latents", *({"init"} if "init_weights" in facts else ()),
+             *({"vae"} if "autoencoder" in facts else ()),
              *({"teacher"} if "teacher_weights" in facts else ())}
     path = folder / "settings.json"
     before = read_json(path) if path.is_file() else settings
@@ -1348,12 +1363,17 @@ def teacher_digest(name, teacher):
     code) that a function has given it; those of a published name are known. {} without one."""
     facts = digests(teacher=teacher and name)
     if teacher and not facts and name not in align.DINOV2:
-        digest = hashlib.sha256()
-        for key, value in teacher.state_dict().items():
-            digest.update(f"{key} {tuple(value.shape)}".encode())
-            digest.update(value.cpu().reshape(-1).view(torch.uint8).numpy())
-        facts = {"teacher_state": digest.hexdigest()}
+        facts = {"teacher_state": state_digest(teacher)}
     return facts
+
+
+def state_digest(net):
+    """sha256 of a network's weights, names and shapes."""
+    digest = hashlib.sha256()
+    for key, value in net.state_dict().items():
+        digest.update(f"{key} {tuple(value.shape)}".encode())
+        digest.update(value.cpu().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def checksum(path):
@@ -1435,10 +1455,7 @@ def load_autoencoder(folder):
 
 def load_teacher(name):
     """The frozen teacher, as align.load_teacher has it; stops with one line where there is none."""
-    try:
-        return first_on_node(lambda: align.load_teacher(name))
-    except (OSError, ValueError) as error:
-        stop(f"--teacher {name}: {error}")
+    return first_on_node(lambda: align.load_teacher(name), f"--teacher {name}: ")
 
 
 class Rows:
@@ -1494,9 +1511,10 @@ class Rows:
         starts = np.array_split(np.unique(self.todo // size) * size, world_size)[rank]
         return [np.arange(start, min(start + size, self.count)) for start in starts.tolist()]
 
-    def done(self, batches):
-        """How many rows of this process' share are done, for a bar."""
-        return max(0, self.count // world_size - sum(map(len, batches)))
+    def bar(self, title, batches):
+        """A bar of this process' share, of which these batches are not done."""
+        share = self.count // world_size
+        return progress(share, title, "image", max(0, share - sum(map(len, batches))))
 
     def put(self, rows, **values):
         """Write numpy arrays (len(rows), ...); now and then, what is written goes to the disk and
@@ -1568,13 +1586,17 @@ def barrier():
         dist.barrier(group=cpu_group)
 
 
-def first_on_node(load):
+def first_on_node(load, said=""):
     """load() in the very first process, then in the first of every other node, then in the others:
-    what it fetches is there for them, whether nodes share a disk or not."""
+    what it fetches is there for them, whether nodes share a disk or not. Stops with one line, with
+    `said` before it, where it cannot be had."""
     mine, loaded = 0 if rank == 0 else 1 if local_rank == 0 else 2, None
     for turn in range(3):
         if turn == mine:
-            loaded = load()
+            try:
+                loaded = load()
+            except (OSError, ValueError) as error:
+                stop(f"{said}{error}")
         barrier()
     return loaded
 

@@ -223,13 +223,15 @@ class Decoder(nn.Module):
         self.conv_norm_out = nn.GroupNorm(groups, width, eps=1e-6)
         self.conv_out = nn.Conv2d(width, out_channels, 3, padding=1)
 
-    def forward(self, z):
+    def features(self, z):
         h = self.conv_in(fast_layout(z))                            # (N, D_L, h, w)
         h = self.mid_block(h)                                       # (N, D_L, h, w)
         for block in self.up_blocks:                                # l = L ... 0, the last as it is
             h = block(h)                                            # (N, D_l, 2 H_l, 2 W_l)
-        h = silu(self.conv_norm_out(h))                             # (N, D_0, H, W)
-        return self.conv_out(h)                                     # (N, 3, H, W)
+        return silu(self.conv_norm_out(h))                          # (N, D_0, H, W)
+
+    def forward(self, z):
+        return self.conv_out(self.features(z))                      # (N, 3, H, W)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -588,8 +588,8 @@ def autoencoder_tables(plan, results):
 def teacher_tables(plan, records):
     """The sections of --teachers, for every judge on its own: samples by length and guidance, then
     what the latents are."""
-    names = list(dict.fromkeys(run.name for run in plan.runs()))
-    names.insert(0, names.pop(names.index("plain")))
+    planned = {run.name for run in plan.runs()}
+    names = [name for name in AUTOENCODERS if name in planned]
     by_judge = {}
     for record in records:
         by_judge.setdefault(judge_of(record), []).append(record)

@@ -719,8 +719,8 @@ def write_samples(cfg, work, labels, pngs):
         np.save(file, labels.numpy())
     if cfg.out.suffix == ".zip":
         with atomic_file(cfg.out) as file, zipfile.ZipFile(file, "w") as archive:
-            for path in sorted(pngs.iterdir()):
-                archive.write(path, path.name)
+            for number in range(len(labels)):
+                archive.write(pngs / f"{number:06}.png", f"{number:06}.png")
     else:
         os.replace(pngs, cfg.out)
 

@@ -224,6 +224,7 @@ class Decoder(nn.Module):
         self.conv_out = nn.Conv2d(width, out_channels, 3, padding=1)
 
     def features(self, z):
+        """Latents (N, C, h, w) -> what the last layer sees (N, D_0, H, W)."""
         h = self.conv_in(fast_layout(z))                            # (N, D_L, h, w)
         h = self.mid_block(h)                                       # (N, D_L, h, w)
         for block in self.up_blocks:                                # l = L ... 0, the last as it is
